@@ -1,0 +1,30 @@
+"""PolyLens makes open language models better in the languages they speak badly, without losing English.
+
+The steps as functions: `load_model`, `read_texts` and `read_parallel` (or `starter_corpus`), `probe`, `train`,
+`evaluate`, `save_model`; or all of them in one: `enhance`. They take and return plain objects, print nothing, and never touch the
+global seed.
+"""
+
+from polylens.config import RunConfig, load_config
+from polylens.corpora import read_parallel, read_texts, starter_corpus
+from polylens.errors import PolyLensError
+from polylens.evaluation import evaluate
+from polylens.merging import save_model
+from polylens.models import load_model
+from polylens.run import enhance
+from polylens.steps import probe, train
+
+__all__ = [
+    "PolyLensError",
+    "RunConfig",
+    "enhance",
+    "evaluate",
+    "load_config",
+    "load_model",
+    "probe",
+    "read_parallel",
+    "read_texts",
+    "save_model",
+    "starter_corpus",
+    "train",
+]

@@ -1,0 +1,204 @@
+"""Files that are either whole or absent.
+
+Everything PolyLens writes goes through here: a temporary name beside the target, fsync, rename. Tensors are safetensors
+with a checksum in their metadata, so that a half-written or tampered file is noticed and never used. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from polylens.errors import CorruptFileError, StorageError
+
+_CHECKSUM_KEY = "polylens.sha256"
+
+
+@contextlib.contextmanager
+def readable_storage_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` under `path` into a `StorageError` of one clear sentence."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(_explain(error, path)) from error
+    except SafetensorError as error:  # safetensors wraps the operating system's error in its own
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise StorageError(_explain(OSError(errno.ENOSPC, ""), path)) from error
+        raise
+
+
+def _explain(error: OSError, path: Path) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"the disk that holds {path} is full; free some space or choose another folder, then run again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{path} must be readable and writable, but the system refuses access; check its permissions or choose another folder"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"{path} must be a folder, but a file of that name is in the way; remove it or choose another folder"
+    return f"{path} cannot be read or written ({error.strerror or error}); check the disk, then run again"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it takes `path`'s name at once, on failure it is removed.
+
+    Args:
+        path: the file or folder to write. Its parents are made. An existing file is replaced; an existing folder too.
+
+    Yields:
+        A path that does not exist yet; make a file or a folder of it.
+
+    Raises:
+        StorageError: the disk is full or the place cannot be written.
+    """
+    with readable_storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        inner = temporary / path.name
+        try:
+            yield inner
+            _open_to_readers(inner)
+            _fsync(inner)
+            if inner.is_dir() and path.is_dir():
+                path.rename(temporary / "replaced")
+            inner.rename(path)
+            _fsync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left behind in `folder` under temporary names."""
+    for leftover in folder.glob(".*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _open_to_readers(path: Path) -> None:
+    """Give files the mode that a plain `open` would; safetensors keeps its own to the owner."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
+
+
+def _fsync(path: Path) -> None:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as JSON with a stable key order, whole or not at all."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2, sort_keys=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that PolyLens wrote.
+
+    Raises:
+        CorruptFileError: the file cannot be parsed.
+        StorageError: the file cannot be read.
+    """
+    with readable_storage_errors(path):
+        text = path.read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise CorruptFileError(
+            f"{path} must hold JSON, but it is damaged ({error}); delete it and run again"
+        ) from error
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Write tensors and their metadata as safetensors with a checksum, whole or not at all.
+
+    Args:
+        path: the file to write.
+        tensors: name → tensor, any shape and dtype; copied to the CPU.
+        metadata: JSON-serialisable values, one a key.
+    """
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    texts = {
+        key: json.dumps(value, ensure_ascii=False, sort_keys=True)
+        for key, value in metadata.items()
+    }
+    texts[_CHECKSUM_KEY] = _checksum(ready, texts)
+    with writing(path) as temporary:
+        save_file(ready, temporary, metadata=texts)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote, and check it against its checksum.
+
+    Returns:
+        The tensors by name, and the metadata.
+
+    Raises:
+        CorruptFileError: the file is not whole, or was changed after it was written.
+        StorageError: the file cannot be read.
+    """
+    with readable_storage_errors(path):
+        if not path.is_file():
+            raise StorageError(
+                f"{path} must be a file that PolyLens wrote, but there is none; check the path"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                texts = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except SafetensorError as error:
+            raise CorruptFileError(
+                f"{path} must be a safetensors file, but it is damaged ({error}); delete it and run again"
+            ) from error
+    expected = texts.pop(_CHECKSUM_KEY, None)
+    if expected != _checksum(tensors, texts):
+        raise CorruptFileError(
+            f"{path} does not match its own checksum, so it was damaged or changed; delete it and run again"
+        )
+    return tensors, {key: json.loads(value) for key, value in texts.items()}
+
+
+def tensor_digest(tensor: torch.Tensor) -> bytes:
+    """SHA-256 of a tensor's bytes (its dtype and shape are not part of it)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(memoryview(flat.numpy())).digest()
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(texts), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_digest(tensor))
+    return digest.hexdigest()

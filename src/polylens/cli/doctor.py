@@ -1,0 +1,132 @@
+"""`polylens doctor`: what this machine has, and what a run would cost here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from polylens.cache import cache_folder
+from polylens.cli import options
+from polylens.cli.console import ProgressBars, duration, out, print_json, size, table
+from polylens.config import load_config
+from polylens.errors import UsageError
+from polylens.journal import versions
+from polylens.models.loading import choose_device
+from polylens.plan import make_plan
+
+
+def doctor(
+    arguments: options.ConfigAndOverrides = None,
+    model: options.Model = None,
+    languages: options.Languages = None,
+    device: options.Device = "auto",
+    offline: options.Offline = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Print environment, devices and cache; with languages, what a run would cost before it is started.
+
+    **Examples**
+
+        polylens doctor
+
+        polylens doctor --model qwen2.5-coder-1.5b-instruct --languages zh,sw
+    """
+    facts = environment(device)
+    path, overrides = options.split_arguments(arguments)
+    overrides.update({k: v for k, v in (("model", model), ("languages", languages)) if v})
+    cost = None
+    if path is not None or "languages" in overrides:
+        config = load_config(path, overrides)
+        runtime = options.make_runtime(device, "auto", 1024, offline, False)
+        with ProgressBars(shown=not as_json) as progress:
+            plan = make_plan(config, runtime, progress)
+        flops = plan.cost.trunk_flops + plan.cost.crown_flops
+        rate = matmul_flops(device)
+        cost = {
+            "model": plan.source.name,
+            "parameters": plan.facts.n_parameters,
+            "flops": flops,
+            "seconds": flops / rate,
+            "measured_flops_per_second": rate,
+            "memory_bytes": plan.cost.memory_bytes,
+            "disk_bytes": 2 * plan.cost.output_bytes + plan.cost.states_bytes,
+        }
+        facts["run"] = cost
+    elif overrides:
+        raise UsageError(
+            "the cost of a run needs its languages; add --languages, e.g. --languages sw,bn"
+        )
+    if as_json:
+        print_json(facts)
+        return
+    table(
+        None,
+        ["environment", ""],
+        [[name, str(value)] for name, value in facts.items() if name != "run"],
+    )
+    if cost is not None:
+        out.print()
+        table(
+            None,
+            ["the run", ""],
+            [
+                ["model", f"{cost['model']}, {plan.facts.n_parameters / 1e6:,.0f} M parameters"],
+                [
+                    "probing, training",
+                    f"{flops / 1e12:,.1f} TFLOP, about {duration(flops / rate)} here",
+                ],
+                ["answers", "not counted: they depend on what the model says"],
+                [
+                    "memory",
+                    f"about {size(plan.cost.memory_bytes)} of {size(psutil.virtual_memory().total)}",
+                ],
+                ["disk", f"about {size(cost['disk_bytes'])}"],
+            ],
+        )
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Return what a bug report needs to know about this machine."""
+    chosen = choose_device(device)
+    cache = cache_folder()
+    place = next(parent for parent in (cache, *cache.parents) if parent.exists())
+    facts: dict[str, Any] = {
+        **versions(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory": size(psutil.virtual_memory().total),
+        "memory free": size(psutil.virtual_memory().available),
+        "device": str(chosen),
+    }
+    if chosen.type == "cuda":
+        facts["device name"] = torch.cuda.get_device_name(chosen)
+    facts["cache"] = str(cache)
+    facts["cache holds"] = size(_folder_bytes(cache))
+    facts["disk free"] = size(shutil.disk_usage(place).free)
+    return facts
+
+
+def matmul_flops(device: str) -> float:
+    """Measure the floating-point operations a second of a float32 matrix product, in half a second."""
+    where = choose_device(device)
+    a, b = torch.randn(1024, 1024, device=where), torch.randn(1024, 2048, device=where)
+    (a @ b).sum().item()  # the first call sets up threads and kernels
+    n_calls, started = 0, time.monotonic()
+    while (elapsed := time.monotonic() - started) < 0.5:
+        (a @ b)[0, 0].item()
+        n_calls += 1
+    return 2 * 1024 * 1024 * 2048 * n_calls / elapsed
+
+
+def _folder_bytes(folder: Path) -> int:
+    if not folder.exists():
+        return 0
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,68 @@
+"""The program: its commands, and how errors end it."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from polylens.cli import data, doctor, evaluate, models, probe, report, run, train
+from polylens.cli.console import err, set_up_logging
+from polylens.errors import PolyLensError
+from polylens.journal import versions
+
+app = typer.Typer(
+    name="polylens",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make open language models better in the languages they speak badly, without losing English.",
+)
+app.command("enhance")(run.enhance)
+app.command("probe")(probe.probe)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("report")(report.report)
+app.add_typer(models.app, name="models")
+app.command("data")(data.data)
+app.command("doctor")(doctor.doctor)
+
+_state = {"debug": False}
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"polylens {versions()['polylens']}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help="More log; twice for all.")
+    ] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    _state["debug"] = debug
+    set_up_logging(verbose)
+
+
+def main() -> None:
+    """Run the program; the entry point of `polylens`."""
+    try:
+        app()
+    except PolyLensError as error:
+        if _state["debug"]:
+            traceback.print_exc()
+        err.print("[red]Error:[/red]", str(error), highlight=False, markup=True, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("Interrupted. The same command goes on where it was.", highlight=False)
+        sys.exit(130)

@@ -1,0 +1,114 @@
+"""Options that mean the same in every command; their help comes from the settings they set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from polylens.config import RunConfig, Runtime, check
+from polylens.errors import UsageError
+
+
+def _help(model: type, field: str) -> str:
+    description = model.model_fields[field].description  # type: ignore[attr-defined]
+    assert description is not None
+    return str(description)
+
+
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help=_help(RunConfig, "model"), show_default=False)
+]
+Revision = Annotated[
+    str | None, typer.Option(help=_help(RunConfig, "revision"), show_default=False)
+]
+Languages = Annotated[
+    str | None,
+    typer.Option(
+        "--languages",
+        "-l",
+        help="Target languages, separated by commas: codes or names.",
+        show_default=False,
+    ),
+]
+Central = Annotated[str | None, typer.Option(help=_help(RunConfig, "central"), show_default=False)]
+Preset = Annotated[str | None, typer.Option(help="default or paper.", show_default=False)]
+Template = Annotated[
+    str | None, typer.Option(help=_help(RunConfig, "template"), show_default=False)
+]
+Seed = Annotated[int | None, typer.Option(help=_help(RunConfig, "seed"), show_default=False)]
+Device = Annotated[str, typer.Option(help=_help(Runtime, "device"))]
+Dtype = Annotated[str, typer.Option(help=_help(Runtime, "dtype"))]
+TokenBudget = Annotated[int, typer.Option(help=_help(Runtime, "token_budget"))]
+Offline = Annotated[bool, typer.Option("--offline", help=_help(Runtime, "offline"))]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help=_help(Runtime, "trust_remote_code"))
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ConfigAndOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml] [KEY=VALUE]...",
+        help="A YAML file, and settings that win over it, e.g. train.epochs=3.",
+        show_default=False,
+    ),
+]
+
+
+def split_arguments(arguments: list[str] | None) -> tuple[Path | None, dict[str, Any]]:
+    """Split positional arguments into the configuration file and its overrides.
+
+    Raises:
+        UsageError: an argument is neither.
+    """
+    path: Path | None = None
+    overrides: dict[str, Any] = {}
+    for argument in arguments or []:
+        key, separator, value = argument.partition("=")
+        if separator and key:
+            overrides[key] = _parse(value)
+        elif path is None and argument.endswith((".yaml", ".yml")):
+            path = Path(argument)
+        else:
+            raise UsageError(
+                f"arguments must be one YAML file and settings as key=value, got {argument!r}; "
+                "for example: run.yaml train.epochs=3"
+            )
+    return path, overrides
+
+
+def _parse(value: str) -> Any:
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    # YAML 1.1 reads 1e-5 as text; a person means the number.
+    if isinstance(parsed, str):
+        try:
+            return float(parsed)
+        except ValueError:
+            return parsed
+    return parsed
+
+
+def make_runtime(
+    device: str, dtype: str, token_budget: int, offline: bool, trust_remote_code: bool
+) -> Runtime:
+    """Return how a command is carried out.
+
+    Raises:
+        ConfigError: a value is faulty.
+    """
+    return check(
+        Runtime,
+        {
+            "device": device,
+            "dtype": dtype,
+            "token_budget": token_budget,
+            "offline": offline,
+            "trust_remote_code": trust_remote_code,
+        },
+    )

@@ -1,0 +1,150 @@
+"""`polylens enhance`: the main job."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from polylens.cli import options
+from polylens.cli.console import ProgressBars, duration, err, out, print_json, size, table
+from polylens.config import Runtime, load_config
+from polylens.evaluation import Evaluation
+from polylens.languages import language_name
+from polylens.run import STAGES, RunResult
+from polylens.run import enhance as enhance_run
+
+_TITLES = {
+    "probe": "Probing the language subspaces",
+    "train": "Training the top layers",
+    "answers-before": "Answering held-out prompts, before",
+    "answers-after": "Answering held-out prompts, after",
+    "states": "Comparing states and bits per byte",
+    "model": "Saving the model",
+    "report": "Writing the report",
+}
+
+_EPILOG = """
+**Examples**
+
+    polylens enhance --languages sw,bn --out runs/first
+
+    polylens enhance --model my/folder --languages Swahili --train-data prompts.jsonl --out runs/sw
+
+    polylens enhance examples/laptop.yaml train.epochs=3 --out runs/laptop
+
+Run the same command again to go on after an interruption.
+"""
+
+
+def enhance(
+    arguments: options.ConfigAndOverrides = None,
+    out_folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the run; made if it is not there.")
+    ] = Path("runs/enhance"),
+    model: options.Model = None,
+    revision: options.Revision = None,
+    languages: options.Languages = None,
+    central: options.Central = None,
+    preset: options.Preset = None,
+    probe_data: Annotated[
+        str | None, typer.Option(help="Texts per language, for probing.", show_default=False)
+    ] = None,
+    train_data: Annotated[
+        str | None, typer.Option(help="Parallel prompts, for training.", show_default=False)
+    ] = None,
+    heldout_data: Annotated[
+        str | None, typer.Option(help="Held-out parallel prompts.", show_default=False)
+    ] = None,
+    template: options.Template = None,
+    seed: options.Seed = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    token_budget: options.TokenBudget = 1024,
+    offline: options.Offline = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    quiet: options.Quiet = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Make a model better in some languages: probe, train, evaluate before and after, save, report."""
+    path, overrides = options.split_arguments(arguments)
+    flags: dict[str, Any] = {
+        "model": model,
+        "revision": revision,
+        "languages": languages,
+        "central": central,
+        "preset": preset,
+        "template": template,
+        "seed": seed,
+        "probe.corpus": probe_data,
+        "train.corpus": train_data,
+        "evaluate.corpus": heldout_data,
+    }
+    overrides.update({key: value for key, value in flags.items() if value is not None})
+    config = load_config(path, overrides)
+    runtime = options.make_runtime(device, dtype, token_budget, offline, trust_remote_code)
+    started = time.monotonic()
+
+    def announce(stage: str) -> None:
+        if not quiet:
+            err.print(
+                f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {_TITLES[stage]}",
+                highlight=False,
+                markup=False,
+            )
+
+    with ProgressBars(shown=not quiet) as progress:
+        result = enhance_run(
+            config,
+            out_folder,
+            runtime=runtime,
+            given=path.read_text(encoding="utf-8") if path else None,
+            progress=progress,
+            on_stage=announce,
+        )
+    if as_json:
+        print_json({"out": str(out_folder), **result.evaluation.to_dict()})
+        return
+    print_evaluation(result.evaluation)
+    _print_end(result, runtime, time.monotonic() - started)
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Print before and after, central language first."""
+    rows = []
+    for language in evaluation.all_languages:
+        fidelity, bits = evaluation.fidelity[language], evaluation.bits_per_byte[language]
+        change = evaluation.state_change[language]
+        rows.append(
+            [
+                f"{language_name(language)} ({language})",
+                f"{fidelity.before.passed} → {fidelity.after.passed} of {fidelity.after.n}",
+                f"{bits.before:.3f} → {bits.after:.3f}",
+                f"{change.relative:.2%}",
+                f"{change.kl_bits:.3f}",
+            ]
+        )
+    table(
+        None,
+        ["language", "answers in it ↑", "bits per byte ↓", "states moved", "KL, bits"],
+        rows,
+    )
+
+
+def _print_end(result: RunResult, runtime: Runtime, seconds: float) -> None:
+    folder = result.folder
+    entries = folder.journal.entries()
+    if not result.done:
+        out.print(f"\nNothing to do: {folder.path} was finished before.", highlight=False)
+    else:
+        peak = max(entry["peak_memory_bytes"] for entry in entries)
+        out.print(f"\nDone in {duration(seconds)}, peak memory {size(peak)}.", highlight=False)
+    for name, path in (
+        ("model", folder.model),
+        ("delta", folder.delta),
+        ("report", folder.report),
+        ("answers", folder.evaluation),
+    ):
+        out.print(f"  {name:<8} {path}", highlight=False, soft_wrap=True)

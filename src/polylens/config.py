@@ -1,0 +1,372 @@
+"""What a run is: frozen, typed settings that refuse unknown keys.
+
+`RunConfig` holds what changes the numbers; `Runtime` how the run is carried out. Precedence, lowest first: the defaults
+below, the preset, the YAML file, the command line. Field descriptions are the help texts of the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from polylens.errors import ConfigError, LanguageError, nearest
+from polylens.languages import normalize_language, normalize_languages
+
+T = TypeVar("T", bound=BaseModel)
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ProbeSettings(_Settings):
+    """Language subspace probing."""
+
+    corpus: str = Field(
+        "starter", description="Texts per language: a file, a folder, a Hub id, or 'starter'."
+    )
+    texts_per_language: PositiveInt | None = Field(
+        300, description="Use at most so many texts of each language."
+    )
+    max_tokens: PositiveInt = Field(64, description="Longest prompt; longer texts lose their end.")
+    pooling: Literal["last", "mean"] = Field(
+        "last", description="State of a text: that of its last token, or the mean over tokens."
+    )
+    rank: PositiveInt | None = Field(
+        None, description="Dimension of the language-specific subspace; default: languages - 1."
+    )
+    agnostic: Literal["mean", "complement"] = Field(
+        "mean",
+        description="Language-agnostic subspace: 'mean' is span(mu_a), as published; 'complement' is "
+        "everything orthogonal to the specific subspace.",
+    )
+    layers: tuple[int, ...] | None = Field(
+        None,
+        description="Layers to probe (from 0; n_layers is after the final norm); default: all.",
+    )
+
+
+class TrainSettings(_Settings):
+    """Language subspace manipulation."""
+
+    corpus: str = Field(
+        "starter", description="Parallel prompts: a file, a folder, a Hub id, or 'starter'."
+    )
+    rows: PositiveInt | None = Field(200, description="Use at most so many parallel rows.")
+    max_tokens: PositiveInt = Field(128, description="Longest prompt; longer texts lose their end.")
+    layers: PositiveInt | tuple[int, ...] = Field(
+        2, description="Decoder layers that train: so many at the top, or a list (from 0)."
+    )
+    position: Literal["last", "mean", "all"] = Field(
+        "last", description="States the losses read: last token, mean over tokens, or every token."
+    )
+    state: Literal["normed", "residual"] = Field(
+        "normed",
+        description="Last layer's state after ('normed') or before ('residual') the final norm.",
+    )
+    strength: float | dict[str, float] = Field(
+        1.0,
+        description="How far to push along a language's direction; one number, or one a language.",
+    )
+    align_weight: Weight = Field(1.0, description="Weight of the align loss.")
+    separate_weight: Weight = Field(1.0, description="Weight of the separate loss.")
+    retain_weight: Weight = Field(1.0, description="Weight of the retain loss.")
+    learning_rate: float = Field(1e-5, gt=0, description="AdamW's peak learning rate.")
+    epochs: PositiveInt = Field(1, description="Times each row is seen.")
+    batch_size: PositiveInt = Field(8, description="Parallel rows an optimizer step.")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+
+    @field_validator("strength", mode="after")
+    @classmethod
+    def _normalize(cls, value: float | dict[str, float]) -> float | dict[str, float]:
+        if isinstance(value, dict):
+            return {normalize_language(language): strength for language, strength in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> TrainSettings:
+        if self.align_weight == self.separate_weight == self.retain_weight == 0:
+            raise ValueError(
+                "at least one of align_weight, separate_weight and retain_weight must be above 0"
+            )
+        return self
+
+    def strength_of(self, language: str) -> float:
+        """Strength for one language; 1 for a language that a mapping leaves out."""
+        if isinstance(self.strength, dict):
+            return self.strength.get(language, 1.0)
+        return self.strength
+
+
+class EvaluateSettings(_Settings):
+    """Before and after, on prompts that training never saw."""
+
+    corpus: str | None = Field(
+        None,
+        description="Held-out parallel prompts; default: rows of the training corpus kept apart.",
+    )
+    rows: PositiveInt = Field(32, description="Held-out rows.")
+    texts: str | None = Field(
+        None, description="Texts for bits per byte; default: the held-out prompts themselves."
+    )
+    max_texts: PositiveInt = Field(
+        200, description="Use at most so many of those texts a language."
+    )
+    max_new_tokens: PositiveInt = Field(48, description="Longest answer, in tokens.")
+    extra_languages: tuple[str, ...] = Field(
+        (), description="Languages to watch that are neither central nor trained."
+    )
+
+    @field_validator("extra_languages", mode="after")
+    @classmethod
+    def _normalize(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return normalize_languages(value)
+
+
+class OutputSettings(_Settings):
+    """The merged model."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Dtype of the saved weights; 'auto' keeps the stored one unless rounding to it "
+        "would lose more than a tenth of the change, and takes float32 then.",
+    )
+    strength: float = Field(
+        1.0, ge=0, description="Strength dial of the merged model: W + strength·delta."
+    )
+
+
+class RunConfig(_Settings):
+    """Everything that determines the result of a run."""
+
+    model: str = Field(
+        DEFAULT_MODEL, description="Folder, GGUF file, registry name (`polylens models`) or Hub id."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+    languages: tuple[str, ...] = Field(min_length=1, description="Target languages.")
+    central: str = Field("en", description="The language to pull towards and to protect.")
+    preset: Literal["default", "paper"] = Field(
+        "default", description="Starting values of all settings."
+    )
+    template: str = Field(
+        "auto", description="Prompt template: 'auto', 'chat', 'plain', or a Jinja file."
+    )
+    seed: int = Field(0, ge=0, description="Choice and order of rows.")
+    probe: ProbeSettings = ProbeSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    output: OutputSettings = OutputSettings()
+
+    @field_validator("languages", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return (
+            [part.strip() for part in value.split(",") if part.strip()]
+            if isinstance(value, str)
+            else value
+        )
+
+    @field_validator("languages", mode="after")
+    @classmethod
+    def _normalize_languages(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return normalize_languages(value)
+
+    @field_validator("central", mode="after")
+    @classmethod
+    def _normalize_central(cls, value: str) -> str:
+        return normalize_language(value)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> RunConfig:
+        if self.central in self.languages:
+            raise ValueError(
+                f"target languages must differ from the central language, got {self.central!r} as both; "
+                "leave it out of languages or choose another central language"
+            )
+        if isinstance(self.train.strength, dict):
+            for language in self.train.strength:
+                if language not in self.languages:
+                    raise ValueError(
+                        f"train.strength must name target languages ({', '.join(self.languages)}), "
+                        f"got {language!r}"
+                    )
+        return self
+
+    @property
+    def all_languages(self) -> tuple[str, ...]:
+        """Central language first, then the targets."""
+        return (self.central, *self.languages)
+
+
+class Runtime(_Settings):
+    """How a run is carried out; none of it is meant to change the numbers."""
+
+    device: str = Field("auto", description="Device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Dtype to compute in; 'auto': float32 on a CPU, the stored one elsewhere.",
+    )
+    token_budget: PositiveInt = Field(1024, description="Padded tokens of a batch.")
+    offline: bool = Field(False, description="Never use the network.")
+    trust_remote_code: bool = Field(False, description="Let the model's own Python code run.")
+
+
+# The published settings (arXiv 2410.04407, appendix, and the published scripts). They are written out
+# in full, so that a later change of a default cannot change them.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "paper": {
+        "probe": {
+            "texts_per_language": 300,
+            "max_tokens": 64,
+            "pooling": "last",
+            "rank": None,
+            "agnostic": "mean",
+        },
+        "train": {
+            "rows": 200,
+            "max_tokens": 128,
+            "layers": 2,
+            "position": "last",
+            "state": "normed",
+            "strength": 1.0,
+            "align_weight": 1.0,
+            "separate_weight": 1.0,
+            "retain_weight": 1.0,
+            "learning_rate": 1e-5,
+            "epochs": 1,
+            "batch_size": 8,
+            "warmup_ratio": 0.05,
+            "weight_decay": 0.1,
+            "max_grad_norm": 1.0,
+        },
+        # All 200 rows train, so evaluation takes the starter corpus's held-out rows.
+        "evaluate": {"corpus": "starter"},
+    },
+}
+
+
+def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Make a run's configuration from a YAML file and overrides.
+
+    Args:
+        path: YAML file; None for none.
+        overrides: values that win over the file: nested mappings, or dotted keys such as
+            "train.epochs".
+
+    Raises:
+        ConfigError: the file cannot be read, or a value is faulty; all faults are in the message.
+    """
+    given = _read_yaml(path) if path is not None else {}
+    given = _merge(given, _nest(overrides or {}))
+    preset = given.get("preset", "default")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ConfigError(
+            f"preset must be one of {', '.join(PRESETS)}, got {preset!r}; choose one of those"
+        )
+    values = _merge(PRESETS[preset], given)
+    return check(RunConfig, values, path)
+
+
+def check(model: type[T], values: Mapping[str, Any], path: Path | None = None) -> T:
+    """Make typed settings of plain values.
+
+    Args:
+        model: the settings' class.
+        values: by field name.
+        path: the file they came from, for the message.
+
+    Raises:
+        ConfigError: a value is faulty; all faults are in the message.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model, path)) from None
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """Return a configuration as YAML, every value written out."""
+    return yaml.safe_dump(
+        config.model_dump(mode="json"),
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=False,
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path} must be a readable YAML file, but is not ({error.strerror}); check the path"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} must be YAML, but is not ({reason}); mend it") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            f"{path} must hold settings as `key: value`, got {type(loaded).__name__}; see examples/"
+        )
+    return loaded
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        inner = nested
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+    return nested
+
+
+def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(lower)
+    for key, value in upper.items():
+        below = merged.get(key)
+        # A strength per language replaces the single number; sections merge key by key.
+        both = isinstance(below, Mapping) and isinstance(value, Mapping) and key != "strength"
+        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _explain(error: ValidationError, model: type[BaseModel], path: Path | None) -> str:
+    faults = []
+    for fault in error.errors():
+        where = ".".join(
+            str(part) for part in fault["loc"] if part not in ("int", "float", "dict[str,float]")
+        )
+        if fault["type"] == "extra_forbidden":
+            *parents, key = fault["loc"]
+            faults.append(f"unknown key {where}{nearest(str(key), _keys(model, parents))}")
+        elif fault["type"] == "missing":
+            faults.append(f"{where} is missing")
+        elif isinstance(cause := fault.get("ctx", {}).get("error"), LanguageError | ValueError):
+            faults.append(str(cause) if not where else f"{where}: {cause}")
+        else:
+            message = fault["msg"][0].lower() + fault["msg"][1:]
+            faults.append(f"{where}: {message}, got {fault['input']!r}")
+    source = f"{path}: " if path is not None else ""
+    return source + "; ".join(dict.fromkeys(faults))
+
+
+def _keys(model: type[BaseModel], parents: Sequence[Any]) -> list[str]:
+    for parent in parents:
+        annotation = model.model_fields[str(parent)].annotation
+        assert isinstance(annotation, type)
+        model = annotation
+    return list(model.model_fields)

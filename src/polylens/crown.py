@@ -1,0 +1,207 @@
+"""The crown: the decoder layers from the boundary up, run from the states that enter them.
+
+`run_crown` runs the model's own top layers (with whatever weights they hold now); `Crown` is a trainable copy of them
+with float32 master weights. `CrownDelta` is what training leaves: the change of each weight, with a strength dial.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polylens.artefacts import load_tensors, save_tensors
+from polylens.errors import ModelError, UsageError
+from polylens.hidden_states import HiddenStates, gather, token_batches
+from polylens.models.structure import DecoderStructure
+
+
+class Crown(nn.Module):
+    """A trainable float32 copy of decoder layers `boundary_layer` and up.
+
+    The update of a step is far below the spacing of bfloat16 numbers, so the weights in training are
+    float32 whatever the model's dtype; where the model computes in a narrower dtype, autocast does too.
+
+    Attributes:
+        boundary_layer: the first layer of the crown.
+        trainable: layers whose weights train; the others, and the final norm, are frozen.
+    """
+
+    def __init__(self, structure: DecoderStructure, trainable: Sequence[int]) -> None:
+        super().__init__()
+        self.structure_ = [structure]  # in a list: the whole model must not become our child
+        self.boundary_layer = min(trainable)
+        self.trainable = tuple(trainable)
+        own = structure.layers[self.boundary_layer :]
+        self.layers = nn.ModuleList(copy.deepcopy(layer).float() for layer in own)
+        self.final_norm = copy.deepcopy(structure.final_norm).float()
+        self.requires_grad_(False)
+        for index in trainable:
+            self.layers[index - self.boundary_layer].requires_grad_(True)
+        self.eval()  # no dropout: the reference states have none
+
+    def forward(self, boundary: Tensor) -> Tensor:
+        """Run the crown.
+
+        Args:
+            boundary: (batch, seq_len, hidden_size), states that enter `boundary_layer`, padded on the
+                right.
+
+        Returns:
+            (batch, seq_len, hidden_size) float32, the last layer's output before the final norm.
+        """
+        structure = self.structure_[0]
+        narrow = structure.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(boundary.device.type, structure.dtype, enabled=narrow):
+            output = _run(structure, self.layers, self.boundary_layer, boundary.float())
+        return output.float()
+
+    def named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the weights in training under their names within the whole model."""
+        structure = self.structure_[0]
+        for index in self.trainable:
+            for name, parameter in self.layers[index - self.boundary_layer].named_parameters():
+                yield structure.parameter_name(index, name), parameter
+
+    def changes(self) -> dict[str, Tensor]:
+        """Return the change of every weight in training against the model's own, float32, on the CPU."""
+        original = dict(self.structure_[0].causal_lm.named_parameters())
+        return {
+            name: (parameter.detach() - original[name].detach().float()).cpu()
+            for name, parameter in self.named_trainable()
+        }
+
+
+@torch.no_grad()
+def run_crown(
+    structure: DecoderStructure, states: HiddenStates, *, token_budget: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Run the model's own top layers on kept boundary states, batch by batch.
+
+    Args:
+        structure: the model; its layers are used as they are now, so a delta may be applied.
+        states: with boundary states.
+        token_budget: padded tokens of a batch.
+
+    Yields:
+        Indices of the prompts; (batch, seq_len, hidden_size) output of the last layer before the final
+        norm, padded on the right; (batch,) lengths.
+    """
+    assert states.boundary is not None
+    assert states.boundary_layer is not None
+    layers = structure.layers[states.boundary_layer :]
+    for rows in token_batches(states.lengths.tolist(), token_budget):
+        boundary, lengths = gather(states.boundary, states.offsets, rows)
+        boundary = boundary.to(structure.device, structure.dtype)
+        yield rows, _run(structure, layers, states.boundary_layer, boundary), lengths
+
+
+def _run(
+    structure: DecoderStructure, layers: nn.ModuleList, first: int, hidden_states: Tensor
+) -> Tensor:
+    calls = structure.calls_for(*hidden_states.shape[:2])
+    for index, layer in enumerate(layers, start=first):
+        hidden_states = calls[index](layer, hidden_states)
+    return hidden_states
+
+
+@dataclass(frozen=True)
+class CrownDelta:
+    """What training changed: `W + strength · change`, for every weight that trained.
+
+    Attributes:
+        changes: parameter name within the model → change, shape of the weight, float32.
+        metadata: fingerprint and name of the model it belongs to, layers, languages, settings.
+    """
+
+    changes: Mapping[str, Tensor]
+    metadata: Mapping[str, Any]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers that it changes."""
+        return tuple(self.metadata["layers"])
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file, whole or not at all."""
+        save_tensors(path, self.changes, {"kind": "polylens.delta", **self.metadata})
+
+    @classmethod
+    def load(cls, path: Path, *, fingerprint: str | None = None) -> CrownDelta:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            fingerprint: of the model that the delta is for; None accepts any.
+
+        Raises:
+            UsageError: the file holds something else, or a delta of another model.
+            CorruptFileError: the file is damaged.
+        """
+        tensors, metadata = load_tensors(path)
+        if metadata.pop("kind", None) != "polylens.delta":
+            raise UsageError(
+                f"{path} must hold a delta, but holds something else; give the delta.safetensors "
+                "that `polylens train` or `polylens enhance` wrote"
+            )
+        if fingerprint is not None and metadata.get("fingerprint") != fingerprint:
+            raise UsageError(
+                f"a delta must be applied to the model it was trained on, but {path} belongs to "
+                f"another one ({metadata.get('model', 'unknown')}); load that model"
+            )
+        return cls(tensors, metadata)
+
+    def weights(
+        self, structure: DecoderStructure, strength: float = 1.0, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Return the changed weights, in the dtype and on the device of the model.
+
+        Args:
+            structure: the model.
+            strength: the dial: 0 is the untouched model, 1 the trained one.
+            dtype: round to this dtype first, as a saved model in that dtype would be.
+
+        Raises:
+            ModelError: the model lacks one of the weights, or it has another shape.
+        """
+        original = dict(structure.causal_lm.named_parameters())
+        changed: dict[str, Tensor] = {}
+        for name, change in self.changes.items():
+            weight = original.get(name)
+            if weight is None or weight.shape != change.shape:
+                raise ModelError(
+                    f"the model must have the weight {name} of shape {tuple(change.shape)} that the "
+                    "delta changes, but has not; apply the delta to the model it was trained on"
+                )
+            exact = weight.detach().float() + strength * change.to(weight.device)
+            rounded = exact if dtype is None else exact.to(dtype)
+            changed[name] = rounded.to(weight.dtype)
+        return changed
+
+    @contextlib.contextmanager
+    def applied(
+        self, structure: DecoderStructure, strength: float = 1.0, dtype: torch.dtype | None = None
+    ) -> Iterator[None]:
+        """Give the model the changed weights for a while; afterwards it is bit for bit what it was.
+
+        Args:
+            structure: the model.
+            strength: the dial.
+            dtype: see `weights`.
+        """
+        changed = self.weights(structure, strength, dtype)
+        parameters = dict(structure.causal_lm.named_parameters())
+        original = {name: parameters[name].data for name in changed}
+        try:
+            for name, weight in changed.items():
+                parameters[name].data = weight
+            yield
+        finally:
+            for name, weight in original.items():
+                parameters[name].data = weight

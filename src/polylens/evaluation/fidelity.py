@@ -1,0 +1,78 @@
+"""Language fidelity: is an answer in the language of its question?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from polylens.detection import LanguageDetector
+
+# A text of which more than half of the 4-grams of words (of characters, without spaces) have been seen
+# before in it says the same thing again and again.
+_GRAM = 4
+_REPEATING_RATIO = 0.5
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How many answers are in the language asked for.
+
+    Attributes:
+        n: answers.
+        passed: those detected to be in the language of the question; an answer too short to judge, or
+            empty, has not passed. Higher is better.
+        rate: passed / n.
+        standard_error: of `rate`, binomial.
+        answered: detected language → answers; "unknown" for those too short to judge, "empty" for none.
+        repeating: answers that mostly repeat themselves. Lower is better.
+    """
+
+    n: int
+    passed: int
+    rate: float
+    standard_error: float
+    answered: Mapping[str, int]
+    repeating: int
+
+
+def detect_answers(answers: Sequence[str], detector: LanguageDetector) -> list[str]:
+    """Return each answer's language, "unknown" when too short to judge, "empty" when there is none."""
+    return [
+        (detector.detect(answer) or "unknown") if answer.strip() else "empty" for answer in answers
+    ]
+
+
+def measure_fidelity(asked: str, answers: Sequence[str], detected: Sequence[str]) -> Fidelity:
+    """Count the answers in the language asked for.
+
+    Args:
+        asked: the language of the questions.
+        answers: at least one.
+        detected: from `detect_answers`.
+    """
+    n = len(answers)
+    passed = sum(language == asked for language in detected)
+    rate = passed / n
+    return Fidelity(
+        n=n,
+        passed=passed,
+        rate=rate,
+        standard_error=(rate * (1 - rate) / n) ** 0.5,
+        answered=dict(sorted(Counter(detected).items())),
+        repeating=sum(map(is_repeating, answers)),
+    )
+
+
+def is_repeating(answer: str) -> bool:
+    """Whether more than half of an answer's 4-grams have occurred before in it.
+
+    Example:
+        >>> is_repeating("so it goes " * 8), is_repeating("Each word here is a new one, I hope.")
+        (True, False)
+    """
+    words = answer.split()
+    # Chinese, Japanese and Thai have few spaces: their characters are the units.
+    units: Sequence[str] = words if len(words) > len(answer) / 12 else answer
+    grams = [tuple(units[i : i + _GRAM]) for i in range(len(units) - _GRAM + 1)]
+    return bool(grams) and 1 - len(set(grams)) / len(grams) > _REPEATING_RATIO

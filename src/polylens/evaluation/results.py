@@ -1,0 +1,131 @@
+"""What an evaluation found: typed, saved as JSON, with one line an answer beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polylens.artefacts import readable_storage_errors, write_text
+from polylens.errors import CorruptFileError
+from polylens.evaluation.drift import StateChange
+from polylens.evaluation.fidelity import Fidelity
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        language: of the question.
+        id: number of the held-out row.
+        prompt: the user's text.
+        answer: the model's.
+        detected: language of the answer, "unknown" or "empty".
+        passed: whether it is in the language of the question.
+    """
+
+    language: str
+    id: int
+    prompt: str
+    answer: str
+    detected: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """Fidelity before and after."""
+
+    before: Fidelity
+    after: Fidelity
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """Bits per byte of held-out texts. Lower is better.
+
+    Attributes:
+        before: of the untouched model.
+        after: of the enhanced model.
+        n_texts: texts scored.
+        n_bytes: UTF-8 bytes of the tokens scored.
+    """
+
+    before: float
+    after: float
+    n_texts: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Before and after, per language.
+
+    Attributes:
+        central: the language to protect.
+        languages: the targets.
+        watched: languages that were neither trained nor central.
+        max_new_tokens: longest answer allowed.
+        fidelity: language → answers in the language asked for.
+        bits_per_byte: language → bits per byte.
+        state_change: language → change of states.
+    """
+
+    central: str
+    languages: tuple[str, ...]
+    watched: tuple[str, ...]
+    max_new_tokens: int
+    fidelity: Mapping[str, BeforeAfter]
+    bits_per_byte: Mapping[str, BitsPerByte]
+    state_change: Mapping[str, StateChange]
+
+    @property
+    def all_languages(self) -> tuple[str, ...]:
+        """Central language, targets, watched."""
+        return (self.central, *self.languages, *self.watched)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """Make an evaluation from what `to_dict` gave."""
+        return cls(
+            central=values["central"],
+            languages=tuple(values["languages"]),
+            watched=tuple(values["watched"]),
+            max_new_tokens=values["max_new_tokens"],
+            fidelity={
+                language: BeforeAfter(Fidelity(**pair["before"]), Fidelity(**pair["after"]))
+                for language, pair in values["fidelity"].items()
+            },
+            bits_per_byte={k: BitsPerByte(**v) for k, v in values["bits_per_byte"].items()},
+            state_change={k: StateChange(**v) for k, v in values["state_change"].items()},
+        )
+
+
+def write_answers(path: Path, answers: Iterable[Answer]) -> None:
+    """Write answers as JSONL, whole or not at all."""
+    lines = [json.dumps(dataclasses.asdict(answer), ensure_ascii=False) for answer in answers]
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """Read what `write_answers` wrote.
+
+    Raises:
+        CorruptFileError: a line is damaged.
+    """
+    with readable_storage_errors(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        return [Answer(**json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as error:
+        raise CorruptFileError(
+            f"{path} must hold answers, but is damaged ({error}); delete it and run again"
+        ) from error

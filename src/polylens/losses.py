@@ -1,0 +1,83 @@
+"""The three losses of language subspace manipulation (LSM), one unit each.
+
+Each is a mean over rows and hidden dimensions of a squared difference, that is ‖difference‖² / hidden_size for one row.
+They are summed over target languages by the caller. Names follow the paper's text: `AlignLoss` pulls a target language
+towards the central one in the agnostic subspace, `SeparateLoss` pushes it along its own direction in the specific
+subspace, `RetainLoss` holds the central language where it was. (The published code names the first two the other way
+round.)
+
+Source: Zhao et al. 2024, Lens (arXiv 2410.04407), section 3.2, equations 1 to 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from polylens.subspaces import Subspaces
+
+
+@dataclass(frozen=True)
+class AlignLoss:
+    """‖P_a h_l - P_a h_c‖² / d: the target meets the centre where languages agree.
+
+    Attributes:
+        subspaces: of the model.
+        layer: whose states are compared.
+    """
+
+    subspaces: Subspaces
+    layer: int
+
+    def __call__(self, target: Tensor, central: Tensor) -> Tensor:
+        """Return the scalar loss.
+
+        Args:
+            target: (batch, hidden_size), states of the target language; the gradient flows into
+                both, as published.
+            central: (batch, hidden_size), states of the same rows in the central language.
+        """
+        return self.subspaces.project_agnostic(target - central, self.layer).square().mean()
+
+
+@dataclass(frozen=True)
+class SeparateLoss:
+    """‖P_s h_l - P_s h_l° - strength·omega_l‖² / d: the target moves along its own direction.
+
+    Attributes:
+        subspaces: of the model.
+        layer: whose states are moved.
+        language: the target language.
+        strength: how far to move, in lengths of omega_l.
+    """
+
+    subspaces: Subspaces
+    layer: int
+    language: str
+    strength: float = 1.0
+
+    def __call__(self, target: Tensor, reference: Tensor) -> Tensor:
+        """Return the scalar loss.
+
+        Args:
+            target: (batch, hidden_size), states of the model in training.
+            reference: (batch, hidden_size), states of the untouched model for the same prompts.
+        """
+        goal = self.strength * self.subspaces.direction(self.language, self.layer).to(target)
+        moved = self.subspaces.project_specific(target - reference, self.layer)
+        return (moved - goal).square().mean()
+
+
+@dataclass(frozen=True)
+class RetainLoss:
+    """‖mean(h_c) - mean(h_c°)‖² / d, means over real tokens: the central language stays."""
+
+    def __call__(self, central: Tensor, reference: Tensor) -> Tensor:
+        """Return the scalar loss.
+
+        Args:
+            central: (batch, hidden_size), token means of the model in training.
+            reference: (batch, hidden_size), token means of the untouched model.
+        """
+        return (central - reference).square().mean()

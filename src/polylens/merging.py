@@ -1,0 +1,126 @@
+"""The enhanced model as a folder that plain transformers, vLLM and others load.
+
+Rounding is the trap here: a step of training changes a weight by less than half the spacing of bfloat16 numbers, so a
+merged model in the stored dtype can lose most of what was learnt. `choose_dtype` measures that, and what is evaluated is
+the model as saved.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from polylens.artefacts import write_text, writing
+from polylens.crown import CrownDelta
+from polylens.models.loading import LanguageModel
+
+# With less than a tenth of the change lost to rounding, the saved model is the trained one for all
+# purposes; the loss measured on SmolLM2 with the published settings is in docs/performance.md.
+MAX_LOST_RATIO = 0.1
+
+
+def stored_dtype(model: LanguageModel) -> torch.dtype:
+    """Return the dtype that the model's weights were stored in, before any widening for computing."""
+    stored = None
+    if model.source is not None:
+        config = json.loads((model.source.folder / "config.json").read_text(encoding="utf-8"))
+        config = {**config, **config.get("text_config", {})}
+        stored = config.get("dtype") or config.get("torch_dtype")
+    return getattr(torch, stored) if stored else model.structure.dtype
+
+
+def lost_ratio(
+    model: LanguageModel, delta: CrownDelta, dtype: torch.dtype, strength: float = 1.0
+) -> float:
+    """Return the share of the change that rounding to `dtype` loses: ‖rounded - exact‖ / ‖change‖.
+
+    Args:
+        model: the untouched model.
+        delta: what training changed.
+        dtype: to round to.
+        strength: the dial.
+
+    Returns:
+        0 for no loss; about 1 when nothing is left of the change.
+    """
+    lost = total = 0.0
+    original = dict(model.causal_lm.named_parameters())
+    for name, change in delta.changes.items():
+        wanted = strength * change
+        weight = original[name].detach().float().cpu()
+        rounded = (weight + wanted).to(dtype).float() - weight
+        lost += float((rounded - wanted).double().square().sum())
+        total += float(wanted.double().square().sum())
+    return (lost / total) ** 0.5 if total else 0.0
+
+
+def choose_dtype(
+    model: LanguageModel, delta: CrownDelta, dtype: str, strength: float
+) -> torch.dtype:
+    """Return the dtype to save in.
+
+    Args:
+        model: the untouched model.
+        delta: what training changed.
+        dtype: "auto" or the name of a dtype.
+        strength: the dial.
+
+    Returns:
+        For "auto" the stored dtype if rounding to it loses at most `MAX_LOST_RATIO` of the change,
+        else float32.
+    """
+    if dtype != "auto":
+        chosen = getattr(torch, dtype)
+        assert isinstance(chosen, torch.dtype)
+        return chosen
+    stored = stored_dtype(model)
+    return stored if lost_ratio(model, delta, stored, strength) <= MAX_LOST_RATIO else torch.float32
+
+
+def save_model(
+    model: LanguageModel,
+    delta: CrownDelta,
+    folder: Path,
+    *,
+    strength: float = 1.0,
+    dtype: torch.dtype | None = None,
+    card: str | None = None,
+) -> None:
+    """Write the merged model with tokenizer, generation config and chat template, whole or not at all.
+
+    Args:
+        model: the untouched model; it is not changed.
+        delta: what training changed.
+        folder: the folder to make or replace.
+        strength: the dial: W + strength · change.
+        dtype: of the saved weights; None chooses as `choose_dtype` with "auto".
+        card: text of README.md; None for none.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    dtype = dtype or choose_dtype(model, delta, "auto", strength)
+    with writing(folder) as temporary, delta.applied(model.structure, strength, dtype):
+        weights = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in model.causal_lm.state_dict().items()
+        }
+        model.causal_lm.save_pretrained(temporary, state_dict=weights)
+        del weights
+        model.tokenizer.save_pretrained(temporary)
+        _set_dtype(temporary / "config.json", dtype)
+        if card is not None:
+            write_text(temporary / "README.md", card)
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    """State the dtype of the saved weights; transformers wrote the one that the model computes in."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name = str(dtype).removeprefix("torch.")
+    for section in (config, config.get("text_config")):
+        if section is not None:
+            section.pop("torch_dtype", None)
+            section["dtype"] = name
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

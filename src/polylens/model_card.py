@@ -1,0 +1,128 @@
+"""README.md of a merged model: what it is, how it was made, what was measured and what was not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from polylens.config import RunConfig
+from polylens.evaluation import Evaluation
+from polylens.languages import language_name
+
+CITATION = """@article{zhao2024lens,
+  title   = {Lens: Rethinking Multilingual Enhancement for Large Language Models},
+  author  = {Zhao, Weixiang and Hu, Yulin and Guo, Jiahe and Sui, Xingyu and Wu, Tongtong and
+             Deng, Yang and Zhao, Yanyan and Qin, Bing and Che, Wanxiang and Liu, Ting},
+  journal = {arXiv preprint arXiv:2410.04407},
+  year    = {2024}
+}"""
+
+
+def model_card(config: RunConfig, evaluation: Evaluation, plan: Mapping[str, Any]) -> str:
+    """Write the card of a merged model.
+
+    Args:
+        config: of the run.
+        evaluation: before and after.
+        plan: what plan.json of the run holds.
+
+    Returns:
+        Markdown with the front matter that the Hub reads. No path of the machine is in it.
+    """
+    base = plan["model"]["name"]
+    front: dict[str, Any] = {
+        "language": list(config.all_languages),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["polylens", "lens", "multilingual"],
+    }
+    if plan["model"]["license"]:
+        front["license"] = plan["model"]["license"]
+    if plan["model"]["kind"] == "hub":
+        front["base_model"] = base
+    names = ", ".join(language_name(language) for language in config.languages)
+    central = language_name(config.central)
+    training, heldout = plan["corpora"]["training"], plan["corpora"]["heldout"]
+    settings = [
+        ("layers trained", config.train.layers),
+        ("learning rate", config.train.learning_rate),
+        ("epochs", config.train.epochs),
+        ("parallel rows", training["rows"]),
+        ("strength", config.train.strength),
+        (
+            "weights align / separate / retain",
+            f"{config.train.align_weight} / {config.train.separate_weight} / {config.train.retain_weight}",
+        ),
+        ("agnostic subspace", config.probe.agnostic),
+        ("dial of this model", config.output.strength),
+        ("seed", config.seed),
+    ]
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
+---
+
+# {base}, enhanced in {names}
+
+This is `{base}` with its top decoder layers changed by [PolyLens](https://arxiv.org/abs/2410.04407), an
+implementation of *Lens*: the hidden states are probed for a language-agnostic and a language-specific
+subspace; the target languages are pulled towards {central} in the first and pushed along their own
+direction in the second; {central} is held where it was. No answers were used in training, only parallel
+prompts.
+
+## Results
+
+{results_table(evaluation)}
+
+Held-out prompts: {heldout["rows"]} rows of `{heldout["name"]}`. Answers are greedy, at most
+{evaluation.max_new_tokens} tokens, and count as in the language when py3langid, limited to the languages
+of the table, says so. Bits per byte are over the held-out texts; lower is better. The change of states is
+‖h - h°‖ / ‖h°‖ of the mean state after the final norm.
+
+Not measured here: benchmarks, the quality of the answers, safety, and languages outside the table.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+## How it was made
+
+Probing texts: `{plan["corpora"]["probing"]["name"]}`. Parallel prompts: `{training["name"]}`.
+
+| setting | value |
+|-|-|
+{chr(10).join(f"| {name} | {value} |" for name, value in settings)}
+
+Made with polylens {plan["versions"]["polylens"]}, torch {plan["versions"]["torch"]}, transformers
+{plan["versions"]["transformers"]}.
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""
+
+
+def results_table(evaluation: Evaluation) -> str:
+    """Return before and after as a Markdown table, central language first."""
+    lines = [
+        "| language | answers in it, before | after | bits per byte, before | after | change of states |",
+        "|-|-|-|-|-|-|",
+    ]
+    for language in evaluation.all_languages:
+        fidelity = evaluation.fidelity[language]
+        bits = evaluation.bits_per_byte[language]
+        before, after = fidelity.before, fidelity.after
+        lines.append(
+            f"| {language_name(language)} | {before.passed} of {before.n} | {after.passed} of {after.n} "
+            f"| {bits.before:.4f} | {bits.after:.4f} "
+            f"| {evaluation.state_change[language].relative:.2%} |"
+        )
+    return "\n".join(lines)

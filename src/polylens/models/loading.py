@@ -1,0 +1,179 @@
+"""A model in memory, ready for the engine: structure, tokenizer, fingerprint, device and dtype.
+
+`load_model` takes anything that `polylens.models.source` can find; `wrap_model` takes a transformers model that you
+already hold. Both return a `LanguageModel`, which every later step takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from polylens.artefacts import tensor_digest
+from polylens.errors import ModelError
+from polylens.models.source import ModelSource, resolve
+from polylens.models.structure import DecoderStructure, find_structure
+from polylens.progress import Progress
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(eq=False)
+class LanguageModel:
+    """A decoder-only language model with its tokenizer.
+
+    Attributes:
+        structure: the model taken apart; `structure.causal_lm` is the transformers model.
+        tokenizer: its tokenizer.
+        name: a short name for reports.
+        source: where the weights came from; None for a model given in memory.
+    """
+
+    structure: DecoderStructure
+    tokenizer: Any
+    name: str
+    source: ModelSource | None = None
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model."""
+        return self.structure.causal_lm
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes and values of all weights.
+
+        Values are hashed as float32, which holds every bfloat16 and float16 exactly, so the
+        fingerprint does not depend on the dtype that the weights are held in.
+        """
+        return _fingerprint(self.causal_lm)
+
+
+def load_model(
+    spec: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> LanguageModel:
+    """Load a model from a folder, a GGUF file, the registry (see `polylens models`) or the Hub.
+
+    Args:
+        spec: folder, `.gguf` file, registry name or Hub id.
+        revision: branch, tag or commit of a Hub model.
+        device: "auto" (cuda, else mps, else cpu) or a torch device such as "cuda:1".
+        dtype: dtype to compute in; "auto" is float32 on a CPU and the stored dtype elsewhere.
+        offline: never use the network.
+        trust_remote_code: let the model's own Python code run. Off unless you trust its author.
+        progress: told about downloads.
+
+    Raises:
+        ModelError: no such model, or not a decoder-only language model.
+        DownloadError: the weights cannot be fetched.
+    """
+    where = choose_device(device)
+    source = resolve(str(spec), revision=revision, offline=offline, progress=progress)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=_choose_dtype(dtype, where),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"{spec} must be a causal language model, but transformers cannot load it "
+            f"({_first_line(error)}); check the folder"
+        ) from error
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    model = model.to(where).eval()
+    return LanguageModel(find_structure(model), tokenizer, source.name, source)
+
+
+def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer, without its weights.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(
+            f"{source.spec} must come with its tokenizer, but transformers cannot load one "
+            f"({_first_line(error)}); add the tokenizer's files to the folder"
+        ) from error
+
+
+def wrap_model(model: PreTrainedModel, tokenizer: Any, name: str = "model") -> LanguageModel:
+    """Use a transformers model that is already in memory; it is put in evaluation mode.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        name: a short name for reports.
+
+    Raises:
+        ModelError: not a decoder-only language model.
+    """
+    return LanguageModel(find_structure(model.eval()), tokenizer, name)
+
+
+def choose_device(device: str) -> torch.device:
+    """Turn "auto" into the best device at hand, and check any other name.
+
+    Raises:
+        ModelError: torch does not know the device, or it is not there.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"device must be 'auto' or a torch device of this machine, got {device!r} "
+            f"({_first_line(error)}); leave it out to choose automatically"
+        ) from error
+    return chosen
+
+
+def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    chosen = getattr(torch, dtype)
+    assert isinstance(chosen, torch.dtype)
+    return chosen
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    named = sorted(model.named_parameters())  # tied weights come once
+
+    def digest(item: tuple[str, torch.nn.Parameter]) -> bytes:
+        name, parameter = item
+        header = f"{name} {tuple(parameter.shape)}".encode()
+        return hashlib.sha256(header + tensor_digest(parameter.detach().float())).digest()
+
+    with ThreadPoolExecutor(max_workers=min(4, torch.get_num_threads())) as pool:
+        parts = list(pool.map(digest, named))
+    return hashlib.sha256(b"".join(parts)).hexdigest()

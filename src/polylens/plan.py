@@ -1,0 +1,226 @@
+"""Deciding, apart from doing: what a run will read, train and cost, before any weight is loaded.
+
+`make_plan` finds the model, reads the corpora, chooses rows and tokenises them; everything cheap that can be wrong with a
+run is found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from polylens.config import EvaluateSettings, RunConfig, Runtime
+from polylens.corpora import ParallelCorpus, read_parallel, read_texts, starter_corpus
+from polylens.corpora.readers import STARTER
+from polylens.detection import LanguageDetector
+from polylens.errors import ConfigError, CorpusError
+from polylens.evaluation import Heldout
+from polylens.models.loading import load_tokenizer
+from polylens.models.source import ModelFacts, ModelSource, describe, resolve
+from polylens.progress import Progress, silent
+from polylens.prompts import PromptFormat, Prompts, choose_format
+from polylens.steps import ParallelPrompts, encode_parallel, encode_texts
+from polylens.subspaces import check_layers, check_rank
+from polylens.training import state_layer, trained_layers
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run will take, from counted operations and bytes.
+
+    Attributes:
+        trunk_flops: floating-point operations of the trunk passes: 2 · layer parameters · real tokens.
+        crown_flops: of training: three times the crown's forward, each epoch.
+        weights_bytes: the model in memory.
+        training_bytes: crown, gradients and two AdamW moments, float32.
+        states_bytes: states kept, in memory and in the cache.
+        output_bytes: the merged model, in its stored dtype.
+    """
+
+    trunk_flops: float
+    crown_flops: float
+    weights_bytes: int
+    training_bytes: int
+    states_bytes: int
+    output_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak memory: the stages hold the weights, and either states and crown or nothing more."""
+        return self.weights_bytes + self.training_bytes + self.states_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run needs but the weights.
+
+    Attributes:
+        config: the run's configuration.
+        source: where the model is.
+        facts: its sizes.
+        prompt_format: how texts become prompts.
+        probing: language → prompts.
+        training: parallel prompts.
+        heldout: what the model is evaluated on.
+        corpora: role → name, fingerprint and counts, for the record.
+        cost: see `Cost`.
+    """
+
+    config: RunConfig
+    source: ModelSource
+    facts: ModelFacts
+    prompt_format: PromptFormat
+    probing: Mapping[str, Prompts]
+    training: ParallelPrompts
+    heldout: Heldout
+    corpora: Mapping[str, Mapping[str, Any]]
+    cost: Cost
+
+
+def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) -> Plan:
+    """Plan a run.
+
+    Args:
+        config: what to do.
+        runtime: how.
+        progress: told about downloads.
+
+    Raises:
+        PolyLensError: whatever is wrong with model, languages, corpora, ranks and layers.
+    """
+    languages = config.all_languages
+    LanguageDetector((*languages, *config.evaluate.extra_languages))
+    # Corpora before the model: a missing file should not wait for a download.
+    probing_corpus = read_texts(config.probe.corpus, languages).select(
+        languages, config.probe.texts_per_language, config.seed
+    )
+    if config.probe.rank is not None:
+        check_rank(config.probe.rank, len(languages))
+    training_corpus, heldout_corpus = _split(config)
+    texts = _scored_texts(config.evaluate, languages, heldout_corpus)
+
+    source = resolve(
+        config.model, revision=config.revision, offline=runtime.offline, progress=progress
+    )
+    facts = describe(source.folder)
+    layers = trained_layers(config.train, facts.n_layers)
+    probed = check_layers(config.probe.layers, facts.n_layers + 1)
+    needed = state_layer(config.train, facts.n_layers)
+    if needed not in probed:
+        raise ConfigError(
+            f"probe.layers must hold layer {needed}, whose states training reads, got "
+            f"{list(probed)}; add it or leave probe.layers out"
+        )
+    tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
+    prompt_format = choose_format(tokenizer, config.template)
+    probing = encode_texts(
+        probing_corpus, languages, prompt_format, tokenizer, config.probe.max_tokens
+    )
+    training = encode_parallel(
+        training_corpus, languages, prompt_format, tokenizer, config.train.max_tokens
+    )
+    heldout = Heldout(
+        heldout_corpus,
+        encode_parallel(
+            heldout_corpus,
+            (*languages, *config.evaluate.extra_languages),
+            prompt_format,
+            tokenizer,
+            config.train.max_tokens,
+        ),
+        texts,
+        config.central,
+        config.languages,
+        config.evaluate.extra_languages,
+    )
+    n_layer = facts.n_layer_parameters / facts.n_layers
+    n_probing = sum(prompts.n_tokens for prompts in probing.values())
+    n_texts = sum(len(prompts.ids) for prompts in probing.values())
+    weight_bytes = 4 if runtime.dtype in ("auto", "float32") else 2
+    tokens = n_probing + training.n_tokens + heldout.prompts.n_tokens
+    return Plan(
+        config=config,
+        source=source,
+        facts=facts,
+        prompt_format=prompt_format,
+        probing=probing,
+        training=training,
+        heldout=heldout,
+        corpora={
+            "probing": {
+                "name": probing_corpus.name,
+                "fingerprint": probing_corpus.fingerprint,
+                "texts": {k: len(prompts.ids) for k, prompts in probing.items()},
+                "truncated": {k: prompts.n_truncated for k, prompts in probing.items()},
+            },
+            "training": {
+                "name": training_corpus.name,
+                "fingerprint": training_corpus.fingerprint,
+                "rows": len(training.rows),
+                "missing": training_corpus.n_missing,
+                "truncated": training.n_truncated,
+            },
+            "heldout": {
+                "name": heldout_corpus.name,
+                "fingerprint": heldout_corpus.fingerprint,
+                "rows": len(heldout.prompts.rows),
+            },
+        },
+        cost=Cost(
+            trunk_flops=2.0 * facts.n_layer_parameters * tokens,
+            crown_flops=6.0
+            * n_layer
+            * (facts.n_layers - min(layers))
+            * training.n_tokens
+            * config.train.epochs,
+            weights_bytes=weight_bytes * facts.n_parameters,
+            training_bytes=int(16 * n_layer * (facts.n_layers - min(layers))),
+            states_bytes=weight_bytes * facts.hidden_size * 2 * training.n_tokens
+            + 4 * facts.hidden_size * (facts.n_layers + 1) * n_texts,
+            output_bytes=facts.n_bytes,
+        ),
+    )
+
+
+def _split(config: RunConfig) -> tuple[ParallelCorpus, ParallelCorpus]:
+    """Return the rows to train on and those to evaluate on, which have the watched languages too."""
+    evaluate = config.evaluate
+    languages = config.all_languages
+    everything = (*languages, *evaluate.extra_languages)
+    corpus = read_parallel(config.train.corpus)
+    if evaluate.corpus is None:
+        train, heldout = corpus.select(everything).split(evaluate.rows, config.seed)
+    else:
+        train = corpus.split(0)[0] if corpus.n_heldout else corpus
+        _, heldout = _heldout_of(evaluate, everything, config.seed)
+    train = train.select(languages).limit(config.train.rows, config.seed)
+    seen = {row[config.central] for row in train.rows}
+    unseen = tuple(row for row in heldout.rows if row.get(config.central) not in seen)
+    if not unseen:
+        raise CorpusError(
+            f"evaluation must use rows that training does not, but every row of {heldout.name} is also "
+            "a training row; give evaluate.corpus other rows"
+        )
+    heldout = ParallelCorpus(heldout.name, unseen)
+    return train, heldout
+
+
+def _heldout_of(
+    evaluate: EvaluateSettings, languages: Sequence[str], seed: int
+) -> tuple[ParallelCorpus, ParallelCorpus]:
+    assert evaluate.corpus is not None
+    if evaluate.corpus == STARTER:
+        return starter_corpus().select(languages).split(evaluate.rows, seed)
+    corpus = read_parallel(evaluate.corpus, languages)
+    return corpus, corpus.limit(evaluate.rows, seed)
+
+
+def _scored_texts(
+    evaluate: EvaluateSettings, languages: Sequence[str], heldout: ParallelCorpus
+) -> dict[str, tuple[str, ...]]:
+    everything = (*languages, *evaluate.extra_languages)
+    if evaluate.texts is None:
+        return {k: tuple(row[k] for row in heldout.rows if k in row) for k in everything}
+    corpus = read_texts(evaluate.texts, everything)
+    return dict(corpus.select(everything, evaluate.max_texts).texts)

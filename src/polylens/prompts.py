@@ -1,0 +1,163 @@
+"""From texts to token ids: chat template, special tokens, truncation.
+
+A prompt is what the model reads before it answers: the text as one user turn in the chat template, generation prompt
+included. A text that is too long loses its own end, never the template's: the last token, which the method reads, stays
+that of the generation prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from polylens.errors import ConfigError, CorpusError
+
+PLAIN = "plain"
+CHAT = "chat"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Tokenised prompts, in the order of the texts.
+
+    Attributes:
+        ids: token ids of each prompt.
+        kept: for each prompt, the index of its text; texts of which nothing fits are left out.
+        n_truncated: how many texts lost their end.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    kept: tuple[int, ...]
+    n_truncated: int
+
+    @property
+    def n_tokens(self) -> int:
+        """All tokens."""
+        return sum(map(len, self.ids))
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a text becomes a prompt.
+
+    Attributes:
+        template: a Jinja chat template, or None for the text as it is.
+        name: "chat" (the model's own template), "plain", or the file the template came from.
+    """
+
+    template: str | None
+    name: str
+
+    def render(self, tokenizer: Any, text: str) -> str:
+        """Return the prompt for `text` as one user turn, generation prompt included."""
+        if self.template is None:
+            return text
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        assert isinstance(rendered, str)
+        return rendered
+
+    def encode(self, tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Prompts:
+        """Tokenise `texts` as prompts of at most `max_tokens` tokens.
+
+        Args:
+            tokenizer: the model's tokenizer.
+            texts: one user turn each.
+            max_tokens: upper limit of a prompt's length, template included.
+
+        Returns:
+            The prompts; a template already holds its special tokens, so none are added to it.
+        """
+        add_special = self.template is None
+        ids: list[tuple[int, ...]] = []
+        kept: list[int] = []
+        n_truncated = 0
+        for index, text in enumerate(texts):
+            encoded = self._tokenise(tokenizer, text, add_special)
+            if len(encoded) > max_tokens:
+                n_truncated += 1
+                encoded = self._truncate(tokenizer, text, max_tokens, add_special)
+            if encoded:
+                ids.append(tuple(encoded))
+                kept.append(index)
+        return Prompts(tuple(ids), tuple(kept), n_truncated)
+
+    def _tokenise(self, tokenizer: Any, text: str, add_special: bool) -> list[int]:
+        return list(
+            tokenizer(self.render(tokenizer, text), add_special_tokens=add_special)["input_ids"]
+        )
+
+    def _truncate(self, tokenizer: Any, text: str, max_tokens: int, add_special: bool) -> list[int]:
+        """Find the longest start of `text` whose prompt fits; empty when no character of it does."""
+        fits, too_long = 0, len(text)  # in characters; prompts grow with their text
+        best: list[int] = []
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            encoded = self._tokenise(tokenizer, text[:middle], add_special)
+            if len(encoded) <= max_tokens:
+                fits, best = middle, encoded
+            else:
+                too_long = middle
+        return best
+
+
+def choose_format(tokenizer: Any, template: str = "auto") -> PromptFormat:
+    """Choose the prompt format.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        template: "auto" (the model's chat template if it has one, else plain), "chat", "plain", or
+            the path of a Jinja file with a chat template.
+
+    Raises:
+        ConfigError: "chat" for a model without a chat template, or no such file.
+    """
+    if template == "auto":
+        template = CHAT if tokenizer.chat_template else PLAIN
+    if template == PLAIN:
+        return PromptFormat(None, PLAIN)
+    if template == CHAT:
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                "template 'chat' needs a model with a chat template, but this one has none; "
+                "use template 'plain' or give a Jinja file"
+            )
+        own = tokenizer.chat_template
+        return PromptFormat(own["default"] if isinstance(own, dict) else own, CHAT)
+    path = Path(template)
+    if not path.is_file():
+        raise ConfigError(
+            "template must be 'auto', 'chat', 'plain' or a Jinja file with a chat template, "
+            f"got {template!r}, which is no file; check the path"
+        )
+    return PromptFormat(path.read_text(encoding="utf-8"), path.name)
+
+
+def require_usable(prompts: Prompts, what: str, max_tokens: int) -> Prompts:
+    """Return `prompts` if any text left one.
+
+    Raises:
+        CorpusError: no text fits in `max_tokens`.
+    """
+    if not prompts.ids:
+        raise CorpusError(
+            f"at least one text of {what} must fit in max_tokens with its template, but none does in "
+            f"{max_tokens} tokens; raise max_tokens or use shorter texts"
+        )
+    return prompts
+
+
+def join(parts: Sequence[Prompts]) -> Prompts:
+    """Put several lots of prompts behind one another; `kept` is left as it is within each lot."""
+    return replace(
+        parts[0],
+        ids=tuple(ids for part in parts for ids in part.ids),
+        kept=tuple(index for part in parts for index in part.kept),
+        n_truncated=sum(part.n_truncated for part in parts),
+    )

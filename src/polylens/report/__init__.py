@@ -1,0 +1,5 @@
+"""Reports: self-contained HTML pages made from saved files alone."""
+
+from polylens.report.page import ReportData, render_probe_page, render_report
+
+__all__ = ["ReportData", "render_probe_page", "render_report"]

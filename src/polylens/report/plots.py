@@ -1,0 +1,228 @@
+"""Figures of a run, as plotly draws them: one colour a language, the central one grey."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from polylens.languages import language_name
+from polylens.report.projection import Plane, agnostic_plane, specific_plane
+from polylens.subspaces import Subspaces
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; grey is the central language's.
+_CENTRAL = "#767676"
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7A5195")
+_LINE = "rgba(128,128,128,0.25)"
+
+
+def language_colours(languages: Sequence[str], central: str) -> dict[str, str]:
+    """Return a colour for each language; the same languages always get the same colours."""
+    targets = [language for language in languages if language != central]
+    colours = {k: _PALETTE[i % len(_PALETTE)] for i, k in enumerate(targets)}
+    return {central: _CENTRAL, **colours}
+
+
+def loss_curves(log: Sequence[Mapping[str, float]]) -> go.Figure:
+    """Draw each loss by step: retain, align and separate side by side.
+
+    Args:
+        log: of `TrainingResult`, one entry a step.
+    """
+    groups = [
+        group
+        for group in ("separate", "align", "retain")
+        if any(_of(entry, group) for entry in log)
+    ]
+    titles = {
+        "separate": "separate: distance to the goal",
+        "align": "align: distance to the centre",
+        "retain": "retain: drift of the centre",
+    }
+    figure = make_subplots(rows=1, cols=len(groups), subplot_titles=[titles[g] for g in groups])
+    languages = [
+        name.partition(".")[2] for name in log[0] if name.startswith(("separate.", "align."))
+    ]
+    colours = language_colours(list(dict.fromkeys(languages)), "")
+    shown: set[str] = set()
+    for column, group in enumerate(groups, start=1):
+        for name in dict.fromkeys(name for entry in log for name in _of(entry, group)):
+            language = name.partition(".")[2]
+            label = language_name(language) if language else "central language"
+            points = [(entry["step"], entry[name]) for entry in log if name in entry]
+            figure.add_scatter(
+                x=[x for x, _ in points],
+                y=[y for _, y in points],
+                name=label,
+                legendgroup=label,
+                showlegend=label not in shown,
+                mode="lines",
+                line={"color": colours.get(language, _CENTRAL), "width": 2},
+                row=1,
+                col=column,
+            )
+            shown.add(label)
+        figure.update_xaxes(title_text="step", row=1, col=column)
+    return _styled(figure, height=340)
+
+
+def probe_figure(subspaces: Subspaces) -> go.Figure:
+    """Draw, by layer: distances to the central language in both subspaces, separability, singular values."""
+    figure = make_subplots(
+        rows=2,
+        cols=2,
+        subplot_titles=[
+            "distance to the central language, specific subspace",
+            "distance to the central language, agnostic subspace",
+            "texts nearest to their own language's mean",
+            "singular values of the language means",
+        ],
+        vertical_spacing=0.17,
+    )
+    layers = list(subspaces.layers)
+    colours = language_colours(subspaces.languages, subspaces.central)
+    for language in subspaces.languages:
+        if language == subspaces.central:
+            continue
+        distances = [subspaces.distances(language, layer) for layer in layers]
+        for column, which in ((1, 1), (2, 0)):
+            figure.add_scatter(
+                x=layers,
+                y=[pair[which] for pair in distances],
+                name=language_name(language),
+                legendgroup=language,
+                showlegend=column == 1,
+                mode="lines",
+                line={"color": colours[language], "width": 2},
+                row=1,
+                col=column,
+            )
+    figure.add_scatter(
+        x=layers,
+        y=subspaces.separability.tolist(),
+        name="separability",
+        showlegend=False,
+        mode="lines",
+        line={"color": _CENTRAL, "width": 2},
+        row=2,
+        col=1,
+    )
+    for index in range(subspaces.rank):
+        figure.add_scatter(
+            x=layers,
+            y=subspaces.singular_values[:, index].tolist(),
+            name=f"singular value {index + 1}",
+            showlegend=False,
+            mode="lines",
+            line={"color": _CENTRAL, "width": 2},
+            opacity=1 - 0.75 * index / max(1, subspaces.rank),
+            row=2,
+            col=2,
+        )
+    figure.update_yaxes(type="log", row=2, col=2)
+    figure.update_yaxes(tickformat=".0%", row=2, col=1)
+    figure.update_xaxes(title_text="decoder layer (the last entry is after the final norm)", row=2)
+    return _styled(figure, height=640)
+
+
+def subspace_map(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], subspaces: Subspaces, layer: int
+) -> go.Figure:
+    """Draw held-out prompts in both subspaces; arrows lead from each language's mean before to after.
+
+    Args:
+        before: language → (n, hidden_size), states of the untouched model.
+        after: of the enhanced model, same prompts.
+        subspaces: of the model.
+        layer: whose states these are; it must have been probed.
+    """
+    figure = make_subplots(
+        rows=1,
+        cols=2,
+        subplot_titles=["language-specific subspace", "language-agnostic axis"],
+        horizontal_spacing=0.1,
+    )
+    planes = (
+        specific_plane(before, subspaces, layer),
+        agnostic_plane(before, subspaces, layer),
+    )
+    colours = language_colours(list(before), subspaces.central)
+    for column, plane in enumerate(planes, start=1):
+        for language, colour in colours.items():
+            if language in before:
+                _draw_language(figure, plane, language, before, after, colour, column)
+    figure.update_xaxes(title_text="first principal axis", row=1, col=1)
+    figure.update_yaxes(title_text="second principal axis", row=1, col=1)
+    figure.update_xaxes(title_text="along mu_a", row=1, col=2)
+    figure.update_yaxes(title_text="strongest axis outside", row=1, col=2)
+    return _styled(figure, height=480)
+
+
+def _draw_language(
+    figure: go.Figure,
+    plane: Plane,
+    language: str,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    colour: str,
+    column: int,
+) -> None:
+    was, now = plane.coordinates(before[language]), plane.coordinates(after[language])
+    for points, symbol, opacity in ((was, "circle-open", 0.45), (now, "circle", 0.45)):
+        figure.add_scatter(
+            x=_rounded(points[:, 0]),
+            y=_rounded(points[:, 1]),
+            mode="markers",
+            name=language_name(language),
+            legendgroup=language,
+            showlegend=column == 1 and symbol == "circle",
+            marker={"color": colour, "size": 6, "symbol": symbol},
+            opacity=opacity,
+            hoverinfo="name",
+            row=1,
+            col=column,
+        )
+    start, end = was.mean(0).tolist(), now.mean(0).tolist()
+    figure.add_annotation(
+        x=end[0],
+        y=end[1],
+        ax=start[0],
+        ay=start[1],
+        axref=f"x{column}" if column > 1 else "x",
+        ayref=f"y{column}" if column > 1 else "y",
+        text="",
+        arrowhead=2,
+        arrowsize=1.2,
+        arrowwidth=3,
+        arrowcolor=colour,
+        row=1,
+        col=column,
+    )
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
+
+
+def _of(entry: Mapping[str, float], group: str) -> list[str]:
+    return [name for name in entry if name == group or name.startswith(f"{group}.")]
+
+
+def _styled(figure: go.Figure, height: int) -> go.Figure:
+    """One look for all figures; colours work on a light and on a dark page."""
+    figure.update_layout(
+        template="none",
+        height=height,
+        margin={"l": 60, "r": 20, "t": 70, "b": 50},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "size": 12, "color": "#808080"},
+        legend={"orientation": "h", "y": 1.08, "yanchor": "bottom", "x": 0},
+        hoverlabel={"font": {"family": "system-ui, sans-serif"}},
+    )
+    figure.update_annotations(font_size=12.5)
+    figure.update_xaxes(gridcolor=_LINE, zeroline=False, linecolor=_LINE, automargin=True)
+    figure.update_yaxes(gridcolor=_LINE, zeroline=False, linecolor=_LINE, automargin=True)
+    return figure

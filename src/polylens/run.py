@@ -1,0 +1,422 @@
+"""The main job: a run folder that goes from a configuration to a better model, the proof, and a report.
+
+`enhance` does the stages in order: probe, train, evaluate, save the model, report. Each writes its artefact whole and
+then notes itself in the journal, so a run that was killed goes on where it was, and one that is finished is not repeated.
+The folder is described in docs/runs.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polylens.artefacts import (
+    load_tensors,
+    read_json,
+    readable_storage_errors,
+    remove_leftovers,
+    save_tensors,
+    write_json,
+    write_text,
+)
+from polylens.config import RunConfig, Runtime, dump_yaml
+from polylens.crown import CrownDelta
+from polylens.errors import CorruptFileError, RunError
+from polylens.evaluation import (
+    Evaluation,
+    answer,
+    compare,
+    read_answers,
+    summarise,
+    write_answers,
+)
+from polylens.journal import Journal, versions
+from polylens.merging import choose_dtype, save_model
+from polylens.model_card import model_card
+from polylens.models.loading import LanguageModel, load_model
+from polylens.plan import Plan, make_plan
+from polylens.progress import Progress, silent
+from polylens.report import ReportData, render_report
+from polylens.steps import probe_prompts, train_prompts
+from polylens.subspaces import Subspaces
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("probe", "train", "answers-before", "answers-after", "states", "model", "report")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of the files of a run."""
+
+    path: Path
+
+    @property
+    def given(self) -> Path:
+        """The configuration as given."""
+        return self.path / "run.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        """Every value as used."""
+        return self.path / "resolved.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """What was read: corpora, counts, model."""
+        return self.path / "plan.json"
+
+    @property
+    def journal(self) -> Journal:
+        """Finished stages."""
+        return Journal(self.path / "journal.jsonl")
+
+    @property
+    def subspaces(self) -> Path:
+        """Result of probing."""
+        return self.path / "subspaces.safetensors"
+
+    @property
+    def delta(self) -> Path:
+        """What training changed."""
+        return self.path / "delta.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """State of a training that is under way, or failed."""
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def evaluation(self) -> Path:
+        """Folder of answers and summary."""
+        return self.path / "evaluation"
+
+    @property
+    def summary(self) -> Path:
+        """Before and after, per language."""
+        return self.evaluation / "summary.json"
+
+    @property
+    def map_states(self) -> Path:
+        """One state a held-out prompt, before and after, for the report's picture."""
+        return self.evaluation / "states.safetensors"
+
+    def answers(self, when: str) -> Path:
+        """Answers "before" or "after"."""
+        return self.evaluation / f"{when}.jsonl"
+
+    @property
+    def model(self) -> Path:
+        """The merged model."""
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        """The report."""
+        return self.path / "report.html"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left.
+
+    Attributes:
+        folder: names of its files.
+        evaluation: before and after.
+        done: stages done now; the others had been finished before.
+    """
+
+    folder: RunFolder
+    evaluation: Evaluation
+    done: tuple[str, ...]
+
+
+def enhance(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    runtime: Runtime | None = None,
+    given: str | None = None,
+    progress: Progress = silent,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> RunResult:
+    """Make a model better in some languages, prove it, and write a report.
+
+    Args:
+        config: what to do.
+        out: the run's folder; if it holds the same run unfinished, that goes on.
+        runtime: how to carry it out.
+        given: text of the configuration file as given, for the record.
+        progress: told how far each piece of work is.
+        on_stage: told the name of each stage that starts.
+
+    Raises:
+        RunError: the folder holds another run, or something else.
+        PolyLensError: see the stages.
+    """
+    runtime = runtime or Runtime()
+    folder = RunFolder(Path(out))
+    _check_folder(folder, config)
+    run = _Run(config, runtime, folder, progress)
+    if all(run.is_finished(stage) for stage in STAGES):
+        return RunResult(folder, Evaluation.from_dict(read_json(folder.summary)), ())
+    run.plan  # noqa: B018 - everything cheap that can be wrong is found before the folder is made
+    with readable_storage_errors(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.evaluation.mkdir(exist_ok=True)
+        remove_leftovers(folder.path)
+        remove_leftovers(folder.evaluation)
+    if not folder.resolved.exists():
+        write_text(folder.given, given or dump_yaml(config))
+        write_text(folder.resolved, dump_yaml(config))
+    if not folder.plan.exists():
+        write_json(folder.plan, run.record())
+    done = []
+    for stage in STAGES:
+        if run.is_finished(stage):
+            continue
+        on_stage(stage)
+        with folder.journal.stage(stage) as noted:
+            run.stages[stage].do(noted)
+        done.append(stage)
+    return RunResult(folder, Evaluation.from_dict(read_json(folder.summary)), tuple(done))
+
+
+def _check_folder(folder: RunFolder, config: RunConfig) -> None:
+    """Refuse a folder that holds something else than this run."""
+    with readable_storage_errors(folder.path):
+        if not folder.path.exists():
+            return
+        if not folder.path.is_dir():
+            raise RunError(
+                f"the output must be a folder, but {folder.path} is a file; choose another --out"
+            )
+        present = [path for path in folder.path.iterdir() if not path.name.endswith(".part")]
+        if not present:
+            return
+        if not folder.resolved.exists():
+            if {path.name for path in present} <= {folder.given.name, folder.evaluation.name}:
+                return  # killed between the first two files
+            raise RunError(
+                f"the output folder must be new, empty or hold this run, but {folder.path} holds other "
+                "files; choose another --out"
+            )
+        if folder.resolved.read_text(encoding="utf-8") != dump_yaml(config):
+            raise RunError(
+                f"the output folder must be new or hold this run, but {folder.path} holds a run with "
+                f"other settings (see its {folder.resolved.name}); choose another --out or delete it"
+            )
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Files that a stage leaves, and the function that makes them."""
+
+    outputs: tuple[Path, ...]
+    do: Callable[[dict[str, Any]], None]
+
+
+class _Run:
+    """One run under way: the plan and the model are made when a stage first needs them."""
+
+    def __init__(
+        self, config: RunConfig, runtime: Runtime, folder: RunFolder, progress: Progress
+    ) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.folder = folder
+        self.progress = progress
+        self.stages: Mapping[str, _Stage] = {
+            "probe": _Stage((folder.subspaces,), self._probe),
+            "train": _Stage((folder.delta,), self._train),
+            "answers-before": _Stage((folder.answers("before"),), self._answer_before),
+            "answers-after": _Stage((folder.answers("after"),), self._answer_after),
+            "states": _Stage((folder.summary, folder.map_states), self._compare),
+            "model": _Stage((folder.model,), self._save_model),
+            "report": _Stage((folder.report,), self._report),
+        }
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether a stage is noted in the journal and its files are there."""
+        noted = self.folder.journal.finished(stage) is not None
+        return noted and all(path.exists() for path in self.stages[stage].outputs)
+
+    @cached_property
+    def plan(self) -> Plan:
+        return make_plan(self.config, self.runtime, self.progress)
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        return load_model(
+            self.config.model,
+            revision=self.config.revision,
+            device=self.runtime.device,
+            dtype=self.runtime.dtype,
+            offline=self.runtime.offline,
+            trust_remote_code=self.runtime.trust_remote_code,
+            progress=self.progress,
+        )
+
+    @cached_property
+    def subspaces(self) -> Subspaces:
+        return Subspaces.load(self.folder.subspaces, fingerprint=self.model.fingerprint)
+
+    @cached_property
+    def delta(self) -> CrownDelta:
+        return CrownDelta.load(self.folder.delta, fingerprint=self.model.fingerprint)
+
+    @cached_property
+    def saved_dtype(self) -> torch.dtype:
+        """Dtype of the merged model; what is evaluated is the model as saved."""
+        output = self.config.output
+        return choose_dtype(self.model, self.delta, output.dtype, output.strength)
+
+    def record(self) -> dict[str, Any]:
+        """What plan.json holds: no path of the machine, so that a run can be compared with another."""
+        plan = self.plan
+        return {
+            "model": {
+                "name": plan.source.name,
+                "kind": plan.source.kind,
+                "revision": plan.source.revision,
+                "license": plan.source.license,
+                **dataclasses.asdict(plan.facts),
+            },
+            "template": plan.prompt_format.name,
+            "corpora": plan.corpora,
+            "versions": versions(),
+        }
+
+    def _probe(self, noted: dict[str, Any]) -> None:
+        subspaces = probe_prompts(
+            self.model,
+            self.plan.probing,
+            central=self.config.central,
+            settings=self.config.probe,
+            template=self.plan.prompt_format.name,
+            token_budget=self.runtime.token_budget,
+            progress=self.progress,
+        )
+        subspaces.save(self.folder.subspaces)
+        noted["tokens"] = sum(prompts.n_tokens for prompts in self.plan.probing.values())
+
+    def _train(self, noted: dict[str, Any]) -> None:
+        delta = train_prompts(
+            self.model,
+            self.subspaces,
+            self.plan.training,
+            settings=self.config.train,
+            seed=self.config.seed,
+            token_budget=self.runtime.token_budget,
+            checkpoint=self.folder.checkpoint,
+            progress=self.progress,
+        )
+        delta.save(self.folder.delta)
+        self.folder.checkpoint.unlink(missing_ok=True)
+        noted["tokens"] = self.plan.training.n_tokens
+
+    def _answer_before(self, noted: dict[str, Any]) -> None:
+        self._answer("before")
+
+    def _answer_after(self, noted: dict[str, Any]) -> None:
+        strength = self.config.output.strength
+        with self.delta.applied(self.model.structure, strength, self.saved_dtype):
+            self._answer("after")
+
+    def _answer(self, when: str) -> None:
+        answers = answer(
+            self.model, self.plan.heldout, self.config.evaluate.max_new_tokens, self.progress
+        )
+        write_answers(self.folder.answers(when), answers)
+
+    def _compare(self, noted: dict[str, Any]) -> None:
+        comparison = compare(
+            self.model,
+            self.delta,
+            self.plan.heldout,
+            strength=self.config.output.strength,
+            dtype=self.saved_dtype,
+            token_budget=self.runtime.token_budget,
+            progress=self.progress,
+        )
+        save_tensors(
+            self.folder.map_states,
+            {
+                f"{when}.{language}": states
+                for when, by_language in comparison.last_states.items()
+                for language, states in by_language.items()
+            },
+            {"position": "last", "layer": self.model.structure.n_layers},
+        )
+        evaluation = summarise(
+            self.plan.heldout,
+            read_answers(self.folder.answers("before")),
+            read_answers(self.folder.answers("after")),
+            comparison,
+            self.config.evaluate.max_new_tokens,
+        )
+        write_json(self.folder.summary, evaluation.to_dict())
+
+    def _save_model(self, noted: dict[str, Any]) -> None:
+        dtype = self.saved_dtype
+        save_model(
+            self.model,
+            self.delta,
+            self.folder.model,
+            strength=self.config.output.strength,
+            dtype=dtype,
+            card=model_card(
+                self.config,
+                Evaluation.from_dict(read_json(self.folder.summary)),
+                read_json(self.folder.plan),
+            ),
+        )
+        noted["dtype"] = str(dtype).removeprefix("torch.")
+
+    def _report(self, noted: dict[str, Any]) -> None:
+        write_text(self.folder.report, render_report(read_report_data(self.folder)))
+
+
+def read_report_data(folder: RunFolder) -> ReportData:
+    """Read what the report shows from a run's saved files.
+
+    Raises:
+        RunError: the run has not come that far.
+        CorruptFileError: a file is damaged.
+    """
+    for path in (folder.summary, folder.subspaces, folder.delta, folder.plan, folder.resolved):
+        if not path.exists():
+            raise RunError(
+                f"a report needs a run that has been evaluated, but {folder.path} has no {path.name}; "
+                "finish the run with `polylens enhance` first"
+            )
+    tensors, metadata = load_tensors(folder.map_states)
+    states: dict[str, dict[str, torch.Tensor]] = {"before": {}, "after": {}}
+    for name, tensor in tensors.items():
+        when, _, language = name.partition(".")
+        states[when][language] = tensor
+    plan = read_json(folder.plan)
+    try:
+        evaluation = Evaluation.from_dict(read_json(folder.summary))
+    except (KeyError, TypeError) as error:
+        raise CorruptFileError(
+            f"{folder.summary} must hold an evaluation, but is damaged; delete it and run again"
+        ) from error
+    return ReportData(
+        evaluation=evaluation,
+        answers_before=read_answers(folder.answers("before")),
+        answers_after=read_answers(folder.answers("after")),
+        training_log=CrownDelta.load(folder.delta).metadata["log"],
+        subspaces=Subspaces.load(folder.subspaces),
+        map_layer=metadata["layer"],
+        map_states=states,
+        resolved_yaml=folder.resolved.read_text(encoding="utf-8"),
+        plan=plan,
+    )

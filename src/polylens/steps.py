@@ -1,0 +1,302 @@
+"""The steps of the method as functions that take and return plain objects.
+
+`probe` finds the subspaces, `train` the change of the top layers. Each turns texts into prompts, runs the trunk once and
+hands over to the mathematics. `polylens.run` strings the same functions together, with prompts it has made already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polylens.config import ProbeSettings, TrainSettings
+from polylens.corpora import Corpus, ParallelCorpus
+from polylens.crown import CrownDelta
+from polylens.errors import CorpusError
+from polylens.hidden_states import TOKEN_BUDGET, HiddenStates, Keep, collect_hidden_states
+from polylens.journal import versions
+from polylens.models.loading import LanguageModel
+from polylens.progress import Progress, silent
+from polylens.prompts import PromptFormat, Prompts, choose_format, require_usable
+from polylens.states_cache import cached_hidden_states
+from polylens.subspaces import Subspaces, probe_subspaces
+from polylens.training import ParallelStates, train_crown, trained_layers
+
+Collect = Callable[..., HiddenStates]
+
+
+@dataclass(frozen=True)
+class ParallelPrompts:
+    """Tokenised parallel rows.
+
+    Attributes:
+        ids: token ids of every prompt, row by row.
+        rows: for each usable row, language → index into `ids`.
+        sources: for each usable row, its index in the corpus.
+        n_truncated: prompts that lost their end.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    rows: tuple[Mapping[str, int], ...]
+    sources: tuple[int, ...]
+    n_truncated: int
+
+    @property
+    def n_tokens(self) -> int:
+        """All tokens."""
+        return sum(map(len, self.ids))
+
+
+def encode_texts(
+    corpus: Corpus,
+    languages: Sequence[str],
+    prompt_format: PromptFormat,
+    tokenizer: Any,
+    max_tokens: int,
+) -> dict[str, Prompts]:
+    """Tokenise a corpus of texts, language by language.
+
+    Raises:
+        CorpusError: a language has no text that fits.
+    """
+    return {
+        language: require_usable(
+            prompt_format.encode(tokenizer, corpus.texts[language], max_tokens),
+            f"{corpus.name} in {language}",
+            max_tokens,
+        )
+        for language in languages
+    }
+
+
+def encode_parallel(
+    corpus: ParallelCorpus,
+    languages: Sequence[str],
+    prompt_format: PromptFormat,
+    tokenizer: Any,
+    max_tokens: int,
+) -> ParallelPrompts:
+    """Tokenise parallel rows; a row without the first language, or with no other, is left out.
+
+    Args:
+        corpus: the rows.
+        languages: central language first, then the targets.
+        prompt_format: how a text becomes a prompt.
+        tokenizer: the model's.
+        max_tokens: longest prompt.
+
+    Raises:
+        CorpusError: no row is left.
+    """
+    central = languages[0]
+    ids: list[tuple[int, ...]] = []
+    rows: list[Mapping[str, int]] = []
+    sources: list[int] = []
+    n_truncated = 0
+    for source, row in enumerate(corpus.rows):
+        present = [language for language in languages if row.get(language)]
+        prompts = prompt_format.encode(tokenizer, [row[k] for k in present], max_tokens)
+        kept = [present[index] for index in prompts.kept]
+        if central not in kept or len(kept) < 2:
+            continue
+        rows.append({language: len(ids) + i for i, language in enumerate(kept)})
+        ids.extend(prompts.ids)
+        sources.append(source)
+        n_truncated += prompts.n_truncated
+    if not rows:
+        raise CorpusError(
+            f"at least one row of {corpus.name} must hold a text in {central} and in a target language "
+            f"that fits in max_tokens with its template, but none does in {max_tokens} tokens; "
+            "raise max_tokens or check the rows with `polylens data`"
+        )
+    return ParallelPrompts(tuple(ids), tuple(rows), tuple(sources), n_truncated)
+
+
+def probe(
+    model: LanguageModel,
+    corpus: Corpus,
+    *,
+    languages: Sequence[str] | None = None,
+    central: str = "en",
+    settings: ProbeSettings | None = None,
+    template: str = "auto",
+    token_budget: int = TOKEN_BUDGET,
+    progress: Progress = silent,
+) -> Subspaces:
+    """Find the language subspaces of every layer (LSP).
+
+    Args:
+        model: from `polylens.load_model`.
+        corpus: texts per language.
+        languages: languages to probe, the central one included; None takes all of the corpus.
+        central: the language that the others are compared with.
+        settings: limits and forms; its `corpus` and `texts_per_language` are not read here.
+        template: "auto", "chat", "plain" or a Jinja file.
+        token_budget: padded tokens of a batch.
+        progress: told the tokens done.
+
+    Raises:
+        CorpusError: a language has no usable text.
+        SubspaceError: rank or layer out of range, or fewer than two languages.
+    """
+    settings = settings or ProbeSettings()
+    prompt_format = choose_format(model.tokenizer, template)
+    chosen = tuple(languages or corpus.languages)
+    prompts = encode_texts(corpus, chosen, prompt_format, model.tokenizer, settings.max_tokens)
+    return probe_prompts(
+        model,
+        prompts,
+        central=central,
+        settings=settings,
+        template=prompt_format.name,
+        token_budget=token_budget,
+        collect=_collect,
+        progress=progress,
+    )
+
+
+def probe_prompts(
+    model: LanguageModel,
+    prompts: Mapping[str, Prompts],
+    *,
+    central: str,
+    settings: ProbeSettings,
+    template: str,
+    token_budget: int,
+    collect: Collect = cached_hidden_states,
+    progress: Progress = silent,
+) -> Subspaces:
+    """Find the subspaces from prompts; see `probe`."""
+    ids = [one for part in prompts.values() for one in part.ids]
+    states = collect(
+        model, ids, Keep(pooling=settings.pooling), token_budget=token_budget, progress=progress
+    )
+    assert states.pooled is not None
+    counts = [len(part.ids) for part in prompts.values()]
+    pooled = dict(zip(prompts, states.pooled.split(counts), strict=True))
+    return probe_subspaces(
+        pooled,
+        central=central,
+        rank=settings.rank,
+        agnostic=settings.agnostic,
+        layers=settings.layers,
+        metadata={
+            "fingerprint": model.fingerprint,
+            "model": model.name,
+            "pooling": settings.pooling,
+            "template": template,
+            "max_tokens": settings.max_tokens,
+            "n_layers": model.structure.n_layers,
+            "dtype": str(model.structure.dtype),
+            "versions": versions(),
+        },
+    )
+
+
+def train(
+    model: LanguageModel,
+    subspaces: Subspaces,
+    corpus: ParallelCorpus,
+    *,
+    languages: Sequence[str] | None = None,
+    settings: TrainSettings | None = None,
+    template: str = "auto",
+    seed: int = 0,
+    token_budget: int = TOKEN_BUDGET,
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+) -> CrownDelta:
+    """Train the top layers on parallel prompts (LSM).
+
+    Args:
+        model: the untouched model; it is not changed.
+        subspaces: of this model.
+        corpus: parallel rows.
+        languages: target languages; None takes those of the subspaces.
+        settings: see `TrainSettings`; its `corpus` and `rows` are not read here.
+        template: "auto", "chat", "plain" or a Jinja file.
+        seed: order of the rows.
+        token_budget: padded tokens of a batch.
+        checkpoint: a file to continue from after a kill.
+        progress: told the steps done.
+
+    Raises:
+        CorpusError: no usable row.
+        TrainingError: the loss is not finite or runs away.
+    """
+    settings = settings or TrainSettings()
+    targets = languages or [k for k in subspaces.languages if k != subspaces.central]
+    prompts = encode_parallel(
+        corpus,
+        (subspaces.central, *targets),
+        choose_format(model.tokenizer, template),
+        model.tokenizer,
+        settings.max_tokens,
+    )
+    return train_prompts(
+        model,
+        subspaces,
+        prompts,
+        settings=settings,
+        seed=seed,
+        token_budget=token_budget,
+        collect=_collect,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def train_prompts(
+    model: LanguageModel,
+    subspaces: Subspaces,
+    prompts: ParallelPrompts,
+    *,
+    settings: TrainSettings,
+    seed: int,
+    token_budget: int,
+    collect: Collect = cached_hidden_states,
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+) -> CrownDelta:
+    """Train from prompts; see `train`."""
+    layers = trained_layers(settings, model.structure.n_layers)
+    states = collect(
+        model,
+        prompts.ids,
+        Keep(boundary_layer=min(layers), final=True),
+        token_budget=token_budget,
+        progress=progress,
+    )
+    result = train_crown(
+        model.structure,
+        subspaces,
+        ParallelStates(states, prompts.rows, subspaces.central),
+        settings,
+        seed=seed,
+        token_budget=token_budget,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    return CrownDelta(
+        result.changes,
+        {
+            "fingerprint": model.fingerprint,
+            "model": model.name,
+            "central": subspaces.central,
+            "languages": [k for k in subspaces.languages if k != subspaces.central],
+            "layers": layers,
+            "n_rows": len(prompts.rows),
+            "seed": seed,
+            "settings": settings.model_dump(mode="json"),
+            "log": result.log,
+            "versions": versions(),
+        },
+    )
+
+
+def _collect(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], keep: Keep, **how: Any
+) -> HiddenStates:
+    return collect_hidden_states(model.structure, prompts, keep, **how)

@@ -1,0 +1,50 @@
+"""Fixtures for the whole suite: tiny models, and a home of its own for every test."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
+from pathlib import Path
+
+import pytest
+
+from polylens.models.loading import LanguageModel, wrap_model
+from tiny import FAMILIES, build, save_tiny, tiny_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Keep tests away from the Hub and, except slow ones, which need weights, the user's cache."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setenv("POLYLENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Name of each family of models in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def tiny_model(family: str) -> LanguageModel:
+    """A tiny model of each family in turn; each test gets its own, so it may change it."""
+    return wrap_model(build(family), tiny_tokenizer(), family)
+
+
+@pytest.fixture
+def llama() -> LanguageModel:
+    """A tiny Llama, for what does not depend on the family."""
+    return wrap_model(build("llama"), tiny_tokenizer(), "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete folder of a tiny Llama with a chat template; do not write to it."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
