@@ -9,9 +9,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 from pathlib import Path
 
 import pytest
+import torch
 
 from polylens.models.loading import LanguageModel, wrap_model
 from tiny import FAMILIES, build, save_tiny, tiny_tokenizer
+
+
+torch.set_num_threads(1)  # tiny models run faster on one, and the tests share the cores
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import get_cosine_schedule_with_warmup
 
 from polylens.artefacts import load_tensors, save_tensors
 from polylens.config import TrainSettings
@@ -36,6 +35,10 @@ logger = logging.getLogger(__name__)
 # A batch loss this many times the first one means that training runs away, not that a batch is hard:
 # between batches of one run the loss was seen to vary by less than half.
 _DIVERGENCE_FACTOR = 10.0
+
+# A first loss below this is rounding, as when only the retain loss is on; states after the final norm
+# are of order 1 a dimension.
+_DIVERGENCE_FLOOR = 1e-3
 
 # Checkpoints may cost this share of the time: a write that takes 1 s happens every 20 s.
 _CHECKPOINT_COST_RATIO = 0.05
@@ -147,14 +150,9 @@ def train_crown(
         ],
         lr=settings.learning_rate,
     )
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, math.ceil(settings.warmup_ratio * n_steps), n_steps
-    )
     log: list[dict[str, float]] = []
     if checkpoint is not None and checkpoint.exists():
         log = _resume(checkpoint, named, optimizer)
-        for _ in log:
-            schedule.step()
     saver = _Saver(checkpoint, named, optimizer)
     progress(len(log), n_steps, "training")
     for step in range(len(log), n_steps):
@@ -169,9 +167,10 @@ def train_crown(
                 f"gradients must be finite, but are not at step {step}; lower train.learning_rate"
                 + saver.where()
             )
-        learning_rate = schedule.get_last_lr()[0]
+        learning_rate = settings.learning_rate * schedule(step, n_steps, settings.warmup_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
         optimizer.step()
-        schedule.step()
         log.append(
             {
                 "step": step,
@@ -184,6 +183,18 @@ def train_crown(
         saver.maybe_save(log)
         progress(step + 1, n_steps, "training")
     return TrainingResult(crown.changes(), log)
+
+
+def schedule(step: int, n_steps: int, warmup_ratio: float) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero.
+
+    A function of the step alone, so that a resumed training needs no state for it. The published runs
+    used transformers' schedule of the same form, which starts at 0.
+    """
+    n_warmup = math.ceil(warmup_ratio * n_steps)
+    if step < n_warmup:
+        return step / n_warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(1, n_steps - n_warmup)))
 
 
 class _Objective:
@@ -315,7 +326,7 @@ def _check(loss: float, log: Sequence[Mapping[str, float]], step: int, saver: _S
             f"the loss must be finite, but is {loss} at step {step}; lower train.learning_rate or "
             f"the weights and strengths{saver.where()}"
         )
-    if log and 0 < log[0]["loss"] * _DIVERGENCE_FACTOR < loss:
+    if log and loss > _DIVERGENCE_FACTOR * max(log[0]["loss"], _DIVERGENCE_FLOOR):
         raise TrainingError(
             f"the loss must fall, but grew from {log[0]['loss']:.4g} to {loss:.4g} by step {step}; "
             f"lower train.learning_rate or the weights and strengths{saver.where()}"

@@ -185,7 +185,7 @@ def find_structure(model: PreTrainedModel) -> DecoderStructure:
         ModelError: the model is not a decoder-only language model of a shape we can run layer by layer.
     """
     config = model.config.get_text_config(decoder=True)
-    if getattr(model.config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
+    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         raise ModelError(
             "the model must be a decoder-only language model with an LM head, got "
             f"{type(model).__name__}; choose a model that AutoModelForCausalLM loads"

@@ -1,0 +1,282 @@
+"""Crown training: it does what it says, resumes exactly, and stops when it runs away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup
+
+from polylens.config import TrainSettings
+from polylens.errors import ConfigError, TrainingError
+from polylens.hidden_states import Keep, collect_hidden_states
+from polylens.models.loading import LanguageModel, wrap_model
+from polylens.subspaces import Subspaces, probe_subspaces
+from polylens.training import (
+    ParallelStates,
+    TrainingResult,
+    schedule,
+    train_crown,
+    trained_layers,
+)
+from tiny import N_LAYERS, build, tiny_tokenizer
+
+LANGUAGES = ("en", "sw", "zh")
+N_ROWS = 6
+SETTINGS: dict[str, Any] = {"batch_size": 2, "epochs": 2, "learning_rate": 1e-3, "warmup_ratio": 0.0}
+
+
+def prompts() -> tuple[list[list[int]], tuple[dict[str, int], ...]]:
+    generator = torch.Generator().manual_seed(7)
+    ids, rows = [], []
+    for row in range(N_ROWS):
+        rows.append({})
+        for offset, language in enumerate(LANGUAGES):
+            if row == 3 and language == "zh":
+                continue  # a row may lack a target
+            rows[-1][language] = len(ids)
+            length = int(torch.randint(3, 9, (1,), generator=generator))
+            low = 20 + 60 * offset
+            ids.append(torch.randint(low, low + 60, (length,), generator=generator).tolist())
+    return ids, tuple(rows)
+
+
+def setting(model: LanguageModel, layers: int = 2) -> tuple[Subspaces, ParallelStates]:
+    ids, rows = prompts()
+    keep = Keep(pooling="last", boundary_layer=N_LAYERS - layers, final=True)
+    states = collect_hidden_states(model.structure, ids, keep)
+    assert states.pooled is not None
+    by_language = {
+        language: states.pooled[[row[language] for row in rows if language in row]]
+        for language in LANGUAGES
+    }
+    return probe_subspaces(by_language, central="en"), ParallelStates(states, rows, "en")
+
+
+def train(model: LanguageModel, **settings: Any) -> TrainingResult:
+    chosen = TrainSettings(**{**SETTINGS, **settings})
+    subspaces, parallel = setting(model)
+    return train_crown(model.structure, subspaces, parallel, chosen, token_budget=24)
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_alone(tiny_model: LanguageModel) -> None:
+    fingerprint = tiny_model.fingerprint
+    result = train(tiny_model, epochs=6)
+    assert result.log[-1]["loss"] < 0.9 * result.log[0]["loss"]
+    assert all(name.split(".")[-4:] for name in result.changes)
+    assert wrap_model(tiny_model.causal_lm, None).fingerprint == fingerprint
+    layers = {int(part) for name in result.changes for part in name.split(".") if part.isdigit()}
+    assert {N_LAYERS - 2, N_LAYERS - 1} <= layers
+
+
+def test_first_losses_equal_those_of_two_whole_models(llama: LanguageModel) -> None:
+    """An independent reference: transformers' own forward of the whole model, no batching, no padding."""
+    subspaces, parallel = setting(llama)
+    ids, rows = prompts()
+    result = train_crown(
+        llama.structure,
+        subspaces,
+        parallel,
+        TrainSettings(**{**SETTINGS, "batch_size": N_ROWS, "epochs": 1, "strength": 3.0}),
+        token_budget=24,
+    )
+    with torch.no_grad():
+        states = [
+            llama.causal_lm(torch.tensor([one]), output_hidden_states=True).hidden_states[-1][0]
+            for one in ids
+        ]
+    unit = subspaces.agnostic_vector[N_LAYERS].float()
+    unit = unit / unit.norm()
+    for language in ("sw", "zh"):
+        pairs = [(row["en"], row[language]) for row in rows if language in row]
+        gaps = torch.stack([(states[b][-1] - states[a][-1]) @ unit for a, b in pairs])
+        expected = gaps.square().mean() / llama.structure.hidden_size
+        assert result.log[0][f"align.{language}"] == pytest.approx(float(expected), rel=1e-4)
+        omega = subspaces.direction(language, N_LAYERS)
+        expected = (3 * omega).square().mean()
+        assert result.log[0][f"separate.{language}"] == pytest.approx(float(expected), rel=1e-4)
+    assert result.log[0]["retain"] == pytest.approx(0, abs=1e-9)
+
+
+def test_first_gradient_equals_that_of_the_whole_model(llama: LanguageModel) -> None:
+    """One step of plain SGD in effect: AdamW's first step has the sign of the gradient, so compare those."""
+    subspaces, parallel = setting(llama)
+    ids, rows = prompts()
+    settings = TrainSettings(
+        **{**SETTINGS, "batch_size": N_ROWS, "epochs": 1, "weight_decay": 0.0, "max_grad_norm": 1e9}
+    )
+    result = train_crown(llama.structure, subspaces, parallel, settings, token_budget=1000)
+    model = build()
+    reference = [
+        model(torch.tensor([one]), output_hidden_states=True).hidden_states[-1][0].detach()
+        for one in ids
+    ]
+    now = [model(torch.tensor([one]), output_hidden_states=True).hidden_states[-1][0] for one in ids]
+    loss = torch.zeros(())
+    d = llama.structure.hidden_size
+    for row in rows:
+        centre, before = now[row["en"]], reference[row["en"]]
+        loss = loss + (centre.mean(0) - before.mean(0)).square().sum() / d
+        for language in row.keys() - {"en"}:
+            target, was = now[row[language]][-1], reference[row[language]][-1]
+            pulled = subspaces.project_agnostic(target - centre[-1], N_LAYERS)
+            goal = subspaces.direction(language, N_LAYERS).float()
+            pushed = subspaces.project_specific(target - was, N_LAYERS) - goal
+            loss = loss + (pulled.square().sum() + pushed.square().sum()) / d
+    (loss / len(rows)).backward()
+    gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, change in result.changes.items():
+        expected = gradient[name]
+        assert expected is not None
+        clear = expected.abs() > 0.05 * expected.abs().max()
+        assert torch.equal(change[clear].sign(), -expected[clear].sign())
+    norm = torch.stack([gradient[name].norm() for name in result.changes]).norm()  # type: ignore[union-attr]
+    assert result.log[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_batches_do_not_change_the_result(llama: LanguageModel) -> None:
+    subspaces, parallel = setting(llama)
+    settings = TrainSettings(**SETTINGS)
+    a, b = (
+        train_crown(llama.structure, subspaces, parallel, settings, token_budget=budget)
+        for budget in (1, 1000)
+    )
+    for name, change in a.changes.items():
+        torch.testing.assert_close(change, b.changes[name], rtol=1e-3, atol=2e-5)
+
+
+def test_two_runs_agree_bit_for_bit_and_seeds_differ(llama: LanguageModel) -> None:
+    subspaces, parallel = setting(llama)
+    settings = TrainSettings(**SETTINGS)
+    a, b, c = (
+        train_crown(llama.structure, subspaces, parallel, settings, seed=seed, token_budget=24)
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(change, b.changes[name]) for name, change in a.changes.items())
+    assert a.log == b.log != c.log
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5])
+def test_a_killed_training_goes_on_to_the_same_bytes(
+    llama: LanguageModel, tmp_path: Path, stop_after: int
+) -> None:
+    subspaces, parallel = setting(llama)
+    settings = TrainSettings(**SETTINGS)
+    whole = train_crown(llama.structure, subspaces, parallel, settings, token_budget=24)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+
+    def kill(done: int, total: int, what: str) -> None:
+        if done == stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_crown(
+            llama.structure,
+            subspaces,
+            parallel,
+            settings,
+            token_budget=24,
+            checkpoint=checkpoint,
+            progress=kill,
+        )
+    resumed = train_crown(
+        llama.structure, subspaces, parallel, settings, token_budget=24, checkpoint=checkpoint
+    )
+    assert resumed.log == whole.log
+    assert all(torch.equal(change, whole.changes[name]) for name, change in resumed.changes.items())
+
+
+def test_a_damaged_checkpoint_is_ignored(llama: LanguageModel, tmp_path: Path) -> None:
+    subspaces, parallel = setting(llama)
+    settings = TrainSettings(**SETTINGS)
+    whole = train_crown(llama.structure, subspaces, parallel, settings, token_budget=24)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoint.write_bytes(b"not a checkpoint")
+    again = train_crown(
+        llama.structure, subspaces, parallel, settings, token_budget=24, checkpoint=checkpoint
+    )
+    assert again.log == whole.log
+
+
+@pytest.mark.parametrize("off", ["align_weight", "separate_weight", "retain_weight"])
+def test_each_weight_can_be_zero(llama: LanguageModel, off: str) -> None:
+    result = train(llama, **{off: 0.0})
+    name = off.removesuffix("_weight")
+    assert not any(key.startswith(name) for entry in result.log for key in entry)
+    assert all(torch.isfinite(change).all() for change in result.changes.values())
+
+
+def test_retain_alone_changes_nothing(llama: LanguageModel) -> None:
+    result = train(llama, align_weight=0.0, separate_weight=0.0, weight_decay=0.0)
+    assert result.log[-1]["retain"] < 1e-6
+
+
+@pytest.mark.parametrize("position", ["last", "mean", "all"])
+@pytest.mark.parametrize("state", ["normed", "residual"])
+def test_every_position_and_state_trains(llama: LanguageModel, position: str, state: str) -> None:
+    result = train(llama, position=position, state=state, epochs=4)
+    assert result.log[-1]["loss"] < result.log[0]["loss"]
+
+
+def test_only_the_chosen_layers_change(llama: LanguageModel) -> None:
+    subspaces, parallel = setting(llama)
+    settings = TrainSettings(**{**SETTINGS, "layers": (2,)})
+    result = train_crown(llama.structure, subspaces, parallel, settings, token_budget=24)
+    assert result.changes
+    assert all(name.startswith("model.layers.2.") for name in result.changes)
+
+
+def test_weights_in_training_are_float32_whatever_the_dtype_of_the_model() -> None:
+    model = wrap_model(build().bfloat16(), tiny_tokenizer())
+    # Steps this small round to nothing in bfloat16.
+    result = train(model, learning_rate=1e-6)
+    changed = [change for change in result.changes.values() if change.any()]
+    assert len(changed) == len(result.changes)
+    assert all(change.dtype == torch.float32 for change in result.changes.values())
+
+
+def test_a_training_that_runs_away_stops_and_keeps_the_last_good_state(
+    llama: LanguageModel, tmp_path: Path
+) -> None:
+    subspaces, parallel = setting(llama)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    settings = TrainSettings(**{**SETTINGS, "learning_rate": 50.0, "epochs": 20})
+    with pytest.raises(TrainingError, match=r"lower train\.learning_rate.*are kept in"):
+        train_crown(
+            llama.structure, subspaces, parallel, settings, token_budget=24, checkpoint=checkpoint
+        )
+    assert checkpoint.exists()
+
+
+def test_a_loss_that_is_not_finite_stops_at_once(llama: LanguageModel) -> None:
+    subspaces, parallel = setting(llama)
+    assert parallel.states.boundary is not None
+    parallel.states.boundary[:] = torch.inf
+    with pytest.raises(TrainingError, match="must be finite, but is nan at step 0"):
+        train_crown(llama.structure, subspaces, parallel, TrainSettings(), token_budget=24)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [(1, (3,)), (4, (0, 1, 2, 3)), ((2,), (2,)), ((3, 1, 3), (1, 3))]
+)
+def test_layers(layers: Any, expected: tuple[int, ...]) -> None:
+    assert trained_layers(TrainSettings(layers=layers), N_LAYERS) == expected
+
+
+@pytest.mark.parametrize(("layers", "message"), [(5, "between 1 and 4"), ((4,), "between 0 and 3, got 4")])
+def test_layers_out_of_range(layers: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trained_layers(TrainSettings(layers=layers), N_LAYERS)
+
+
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.05, 0.5])
+def test_the_schedule_is_that_of_transformers(warmup_ratio: float) -> None:
+    n_steps = 25
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = get_cosine_schedule_with_warmup(optimizer, -int(-warmup_ratio * n_steps // 1), n_steps)
+    for step in range(n_steps):
+        assert schedule(step, n_steps, warmup_ratio) == pytest.approx(reference.get_last_lr()[0])
+        optimizer.step()
+        reference.step()
