@@ -14,7 +14,6 @@ import torch
 from polylens.models.loading import LanguageModel, wrap_model
 from tiny import FAMILIES, build, save_tiny, tiny_tokenizer
 
-
 torch.set_num_threads(1)  # tiny models run faster on one, and the tests share the cores
 
 

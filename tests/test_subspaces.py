@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from polylens.errors import CorruptFileError, SubspaceError
 from polylens.subspaces import Subspaces, decompose, probe_subspaces
 
-GOLDEN = Path(__file__).parents[1] / ".." / "shared" / "golden" / "lsp_reference_smollm2.safetensors"
+GOLDEN = (
+    Path(__file__).parents[1] / ".." / "shared" / "golden" / "lsp_reference_smollm2.safetensors"
+)
 WIDTH = 24
 
 
@@ -39,7 +41,8 @@ def states(means: torch.Tensor, n_texts: int = 6, noise: float = 0.01) -> dict[s
     generator = torch.Generator().manual_seed(4)
     names = ["en", "zh", "sw", "bn", "ar", "ko"][: len(means)]
     return {
-        name: mean + noise * torch.randn(n_texts, 3, WIDTH, generator=generator, dtype=torch.float64)
+        name: mean
+        + noise * torch.randn(n_texts, 3, WIDTH, generator=generator, dtype=torch.float64)
         for name, mean in zip(names, means, strict=True)
     }
 
@@ -53,7 +56,9 @@ def test_planted_subspaces_are_recovered() -> None:
 
 def test_planted_subspaces_are_recovered_from_noisy_means() -> None:
     means, _, specific = planted()
-    noise = torch.randn(means.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    noise = torch.randn(
+        means.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    )
     split = decompose(means + 1e-3 * noise, rank=3)
     angles = torch.linalg.svdvals(split.specific_basis @ specific.T)
     assert angles.min() > 0.9999

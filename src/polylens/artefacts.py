@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from polylens.errors import CorruptFileError, StorageError
 
-_CHECKSUM_KEY = "polylens.sha256"
+# One entry holds everything: safetensors writes several in an order that differs from run to run.
+_METADATA_KEY = "polylens"
 
 
 @contextlib.contextmanager
@@ -149,13 +150,9 @@ def save_tensors(
         metadata: JSON-serialisable values, one a key.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    texts = {
-        key: json.dumps(value, ensure_ascii=False, sort_keys=True)
-        for key, value in metadata.items()
-    }
-    texts[_CHECKSUM_KEY] = _checksum(ready, texts)
+    text = json.dumps({"sha256": _checksum(ready, metadata), **metadata}, ensure_ascii=False)
     with writing(path) as temporary:
-        save_file(ready, temporary, metadata=texts)
+        save_file(ready, temporary, metadata={_METADATA_KEY: text})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -175,18 +172,17 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             )
         try:
             with safe_open(path, framework="pt") as file:
-                texts = dict(file.metadata() or {})
+                metadata = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except SafetensorError as error:
+        except (SafetensorError, ValueError) as error:
             raise CorruptFileError(
                 f"{path} must be a safetensors file, but it is damaged ({error}); delete it and run again"
             ) from error
-    expected = texts.pop(_CHECKSUM_KEY, None)
-    if expected != _checksum(tensors, texts):
+    if metadata.pop("sha256", None) != _checksum(tensors, metadata):
         raise CorruptFileError(
             f"{path} does not match its own checksum, so it was damaged or changed; delete it and run again"
         )
-    return tensors, {key: json.loads(value) for key, value in texts.items()}
+    return tensors, metadata
 
 
 def tensor_digest(tensor: torch.Tensor) -> bytes:
@@ -195,8 +191,10 @@ def tensor_digest(tensor: torch.Tensor) -> bytes:
     return hashlib.sha256(memoryview(flat.numpy())).digest()
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(texts), sort_keys=True).encode())
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> str:
+    # Through JSON and back, since that turns tuples into lists.
+    plain = json.loads(json.dumps(dict(metadata)))
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -16,7 +16,7 @@ from polylens.corpora.readers import STARTER
 from polylens.detection import LanguageDetector
 from polylens.errors import ConfigError, CorpusError
 from polylens.evaluation import Heldout
-from polylens.models.loading import load_tokenizer
+from polylens.models.loading import choose_device, load_tokenizer
 from polylens.models.source import ModelFacts, ModelSource, describe, resolve
 from polylens.progress import Progress, silent
 from polylens.prompts import PromptFormat, Prompts, choose_format
@@ -90,6 +90,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
         PolyLensError: whatever is wrong with model, languages, corpora, ranks and layers.
     """
     languages = config.all_languages
+    choose_device(runtime.device)
     LanguageDetector((*languages, *config.evaluate.extra_languages))
     # Corpora before the model: a missing file should not wait for a download.
     probing_corpus = read_texts(config.probe.corpus, languages).select(

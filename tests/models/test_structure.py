@@ -58,7 +58,11 @@ def test_finding_the_structure_leaves_the_model_as_it_was(tiny_model: LanguageMo
 
 def test_an_encoder_is_refused() -> None:
     config = BertConfig(
-        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
     )
     with pytest.raises(ModelError, match="decoder-only"):
         _refuse(BertForMaskedLM(config))

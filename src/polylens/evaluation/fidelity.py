@@ -1,4 +1,9 @@
-"""Language fidelity: is an answer in the language of its question?"""
+"""Language fidelity: is an answer in the language of its question?
+
+An answer passes when the language detected in it is the one asked for. One that is empty, or too
+short to judge, counts among the answers and does not pass: whoever asked got no answer in the
+language.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,8 @@ from dataclasses import dataclass
 
 from polylens.detection import LanguageDetector
 
-# A text of which more than half of the 4-grams of words (of characters, without spaces) have been seen
-# before in it says the same thing again and again.
+# A text of which more than half of the 4-grams of words (of characters, where there are few spaces)
+# have occurred before in it says the same thing again and again.
 _GRAM = 4
 _REPEATING_RATIO = 0.5
 
@@ -19,13 +24,13 @@ class Fidelity:
     """How many answers are in the language asked for.
 
     Attributes:
-        n: answers.
-        passed: those detected to be in the language of the question; an answer too short to judge, or
-            empty, has not passed. Higher is better.
-        rate: passed / n.
-        standard_error: of `rate`, binomial.
-        answered: detected language → answers; "unknown" for those too short to judge, "empty" for none.
-        repeating: answers that mostly repeat themselves. Lower is better.
+        n: answers, whatever they are.
+        passed: those detected to be in the language of the question. Higher is better.
+        rate: passed / n, 0 to 1. Higher is better.
+        standard_error: of `rate`, binomial: sqrt(rate · (1 - rate) / n).
+        answered: detected language → answers; "unknown" for those too short to judge, "empty" for
+            those without any text. They add up to `n`.
+        repeating: answers that mostly repeat themselves, see `is_repeating`. Lower is better.
     """
 
     n: int
@@ -37,7 +42,7 @@ class Fidelity:
 
 
 def detect_answers(answers: Sequence[str], detector: LanguageDetector) -> list[str]:
-    """Return each answer's language, "unknown" when too short to judge, "empty" when there is none."""
+    """Return each answer's language; "unknown" if too short to judge, "empty" without any text."""
     return [
         (detector.detect(answer) or "unknown") if answer.strip() else "empty" for answer in answers
     ]
@@ -48,8 +53,8 @@ def measure_fidelity(asked: str, answers: Sequence[str], detected: Sequence[str]
 
     Args:
         asked: the language of the questions.
-        answers: at least one.
-        detected: from `detect_answers`.
+        answers: to those questions, at least one.
+        detected: the languages of the answers, from `detect_answers`.
     """
     n = len(answers)
     passed = sum(language == asked for language in detected)
@@ -66,6 +71,9 @@ def measure_fidelity(asked: str, answers: Sequence[str], detected: Sequence[str]
 
 def is_repeating(answer: str) -> bool:
     """Whether more than half of an answer's 4-grams have occurred before in it.
+
+    Note:
+        It is meant for answers of some hundred words; characters of a long text repeat anyway.
 
     Example:
         >>> is_repeating("so it goes " * 8), is_repeating("Each word here is a new one, I hope.")

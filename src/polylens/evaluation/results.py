@@ -1,4 +1,7 @@
-"""What an evaluation found: typed, saved as JSON, with one line an answer beside it."""
+"""What an evaluation found: typed, saved as JSON, with one line an answer beside it.
+
+`Evaluation` is the summary; `Answer` is one line of the answers before, or after.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ class Answer:
     """One answer.
 
     Attributes:
-        language: of the question.
-        id: number of the held-out row.
-        prompt: the user's text.
-        answer: the model's.
-        detected: language of the answer, "unknown" or "empty".
-        passed: whether it is in the language of the question.
+        language: of the question, a BCP 47 code.
+        id: row of the question in the held-out corpus, from 0; the same in every language.
+        prompt: the user's text, without template.
+        answer: the model's text, without special tokens.
+        detected: language of the answer, "unknown" or "empty"; see `detect_answers`.
+        passed: whether that is the language of the question.
     """
 
     language: str
@@ -38,7 +41,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """Fidelity before and after."""
+    """Fidelity before and after, for one language.
+
+    Attributes:
+        before: of the untouched model.
+        after: of the enhanced model, on the same questions.
+    """
 
     before: Fidelity
     after: Fidelity
@@ -46,11 +54,11 @@ class BeforeAfter:
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """Bits per byte of held-out texts. Lower is better.
+    """Bits per byte of the held-out texts of one language: all their bits over all their bytes.
 
     Attributes:
-        before: of the untouched model.
-        after: of the enhanced model.
+        before: of the untouched model. Lower is better.
+        after: of the enhanced model, on the same texts. Lower is better.
         n_texts: texts scored.
         n_bytes: UTF-8 bytes of the tokens scored.
     """
@@ -122,9 +130,11 @@ def read_answers(path: Path) -> list[Answer]:
         CorruptFileError: a line is damaged.
     """
     with readable_storage_errors(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
     try:
-        return [Answer(**json.loads(line)) for line in lines]
+        # Not `splitlines`: an answer may hold U+2028 and other breaks that JSON leaves as they are.
+        lines = content.decode("utf-8").split("\n")
+        return [Answer(**json.loads(line)) for line in lines if line]
     except (ValueError, TypeError) as error:
         raise CorruptFileError(
             f"{path} must hold answers, but is damaged ({error}); delete it and run again"

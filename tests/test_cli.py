@@ -1,0 +1,255 @@
+"""The command line: outcomes, exit codes, one clear sentence, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polylens.cli import main
+from polylens.corpora import starter_corpus
+from tiny import build, save_tiny, tiny_tokenizer
+
+QUICK = [
+    "probe.texts_per_language=4",
+    "train.rows=4",
+    "train.batch_size=2",
+    "evaluate.rows=2",
+    "evaluate.max_new_tokens=2",
+]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Run the program in an empty folder; return exit code, stdout and stderr."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["polylens", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs that cannot work."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "no-centre.jsonl").write_text('{"sw": "Habari", "zh": "你好"}\n' * 5)
+    (folder / "not-parallel.jsonl").write_text('{"en": "Hello"}\n{"sw": "Habari"}\n' * 5)
+    (folder / "typo.yaml").write_text("languages: [sw]\ntrain:\n  epoch: 3\n")
+    (folder / "no-weights").mkdir()
+    build().config.save_pretrained(folder / "no-weights")
+    (folder / "pickled").mkdir()
+    build().config.save_pretrained(folder / "pickled")
+    (folder / "pickled/config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
+    (folder / "pickled/pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "no-weights/config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
+    (folder / "encoder").mkdir()
+    (folder / "encoder/config.json").write_text(
+        json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]})
+    )
+    (folder / "used").mkdir()
+    (folder / "used/thesis.tex").write_text("mine")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--languages", "swahilli"], "got 'swahilli', did you mean 'swahili'?"),
+        (["--languages", "en"], "target languages must differ from the central language"),
+        (["--languages", ""], "languages"),
+        ([], "languages is missing"),
+        (["--languages", "sw", "--train-data", "{bad}/empty.jsonl"], "is empty"),
+        (["--languages", "sw", "--train-data", "{bad}/none.jsonl"], "there is no"),
+        (["--languages", "sw", "--train-data", "{bad}/no-centre.jsonl"], "has none in en"),
+        (["--languages", "sw", "--probe-data", "{bad}/no-centre.jsonl"], "has none in en"),
+        (
+            ["--languages", "sw", "--train-data", "{bad}/not-parallel.jsonl"],
+            "none holds both en and sw",
+        ),
+        (["--languages", "sw", "train.max_tokens=3"], "none does in 3 tokens"),
+        (["--languages", "sw", "probe.max_tokens=3"], "none does in 3 tokens"),
+        (
+            ["--languages", "sw", "--model", "smollm2-135m-instrukt"],
+            "did you mean 'smollm2-135m-instruct'?",
+        ),
+        (["--languages", "sw", "--model", "{bad}/none"], "must be an existing folder"),
+        (
+            ["--languages", "sw", "--model", "owner/name"],
+            "must be in the Hub cache to be used offline",
+        ),
+        (
+            ["--languages", "sw", "--model", "gemma3-270m", "--offline"],
+            "must be in the cache to be used offline",
+        ),
+        (["--languages", "sw", "--model", "{bad}/no-weights"], "holds none; copy the weights"),
+        (["--languages", "sw", "--model", "{bad}/pickled"], "a pickle, which PolyLens never loads"),
+        (
+            ["--languages", "sw", "--model", "{bad}/encoder"],
+            "must be a decoder-only language model",
+        ),
+        (
+            ["--languages", "sw", "probe.rank=2"],
+            "rank must be between 1 and 1 for 2 languages, got 2",
+        ),
+        (["--languages", "sw", "train.layers=9"], "train.layers must be between 1 and 4"),
+        (["--languages", "sw", "probe.layers=[7]"], "layer must be between 0 and 3"),
+        (
+            ["--languages", "sw", "probe.layers=[1]"],
+            "must hold layer 4, whose states training reads",
+        ),
+        (["{bad}/typo.yaml"], "unknown key train.epoch, did you mean 'epochs'?"),
+        (["--languages", "sw", "epochs"], "one YAML file and settings as key=value, got 'epochs'"),
+        (["--languages", "sw", "--out", "{bad}/used"], "holds other files"),
+        (["--languages", "sw", "--device", "cuda:7"], "device must be"),
+        (["--languages", "sw", "--dtype", "int4"], "dtype"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(
+    run: Any, bad: Path, tiny_folder: Path, arguments: list[str], message: str
+) -> None:
+    arguments = [argument.format(bad=bad) for argument in arguments]
+    if "--model" not in arguments:
+        arguments += ["--model", str(tiny_folder)]
+    if "--out" not in arguments:
+        arguments += ["--out", "run"]
+    code, out, err = run("enhance", *arguments)
+    assert message in " ".join(err.split())
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    assert os.listdir() == []  # nothing half-written
+    assert os.listdir(bad / "used") == ["thesis.tex"]
+
+
+def test_a_whole_run_then_each_command_on_its_results(run: Any, tiny_folder: Path) -> None:
+    enhance = ["enhance", "--model", tiny_folder, "--languages", "sw,zh", "--out", "run", *QUICK]
+    code, out, err = run(*enhance)
+    assert code == 0, err
+    assert "Swahili (sw)" in out
+    assert "run/report.html" in out
+    assert "[7/7] Writing the report" in err
+    code, out, err = run(*enhance)
+    assert code == 0
+    assert "Nothing to do: run was finished before" in out
+    code, out, _ = run(*enhance, "--json", "-q")
+    assert json.loads(out)["languages"] == ["sw", "zh"]
+    code, _, err = run(*enhance, "seed=5")
+    assert code == 2
+    assert "holds a run with other settings" in err
+
+    code, out, _ = run("report", "run", "--out", "again.html")
+    assert code == 0
+    assert Path("again.html").read_bytes() == Path("run/report.html").read_bytes()
+    code, out, err = run(
+        "evaluate", "run/delta.safetensors", "--model", tiny_folder, "--limit", 2, "--json",
+        "--strength", 0, "--max-new-tokens", 2,
+    )  # fmt: skip
+    assert code == 0, err
+    change = json.loads(out)["state_change"]
+    assert all(change[language]["relative"] == 0 for language in ("en", "sw", "zh"))
+    other = save_tiny(Path("other"), "qwen2")
+    code, _, err = run("evaluate", "run/delta.safetensors", "--model", other)
+    assert code == 2
+    assert "belongs to another one" in err
+    code, _, err = run("train", "run/subspaces.safetensors", "--model", other)
+    assert code == 2
+    assert "probed on another one" in err
+
+
+def test_probe_then_train(run: Any, tiny_folder: Path) -> None:
+    code, out, err = run(
+        "probe", "--model", tiny_folder, "--languages", "en,sw,bn", "--out", "probe"
+    )
+    assert code == 0, err
+    assert "norm" in out
+    assert Path("probe/probe.html").stat().st_size > 1_000_000
+    code, out, err = run(
+        "train", "probe/subspaces.safetensors", "-s", "rows=4", "-s", "epochs=2",
+        "--model", tiny_folder, "--out", "d.safetensors", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert len(json.loads(out)["log"]) == 2
+    assert Path("d.safetensors").exists()
+
+
+def test_data(run: Any, tiny_folder: Path) -> None:
+    code, out, err = run("data", "--model", tiny_folder, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["n_rows"] == 128
+    assert [one["language"] for one in report["languages"]][0] == "en"
+    assert report["languages"][0]["token_premium"] == 1
+    Path("rows.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {"en": f"Question number {i} about rain", "sw": f"Question number {i} about rain"}
+            )
+            + "\n"
+            for i in range(5)
+        )
+    )
+    code, out, _ = run("data", "rows.jsonl")
+    assert "sw: 5 of 5 texts equal the central language's text" in " ".join(out.split())
+
+
+def test_models_and_doctor(run: Any, tiny_folder: Path) -> None:
+    code, out, _ = run("models", "--json")
+    assert code == 0
+    assert {row["name"] for row in json.loads(out)} >= {"smollm2-135m-instruct", "gemma3-270m"}
+    code, _, err = run("models", "fetch", "smolm2")
+    assert code == 2
+    assert "did you mean" in err or "must be one of" in err
+    code, out, err = run("doctor", "--model", tiny_folder, "--languages", "sw", "--json")
+    assert code == 0, err
+    cost = json.loads(out)["run"]
+    assert cost["flops"] > 0
+    assert cost["memory_bytes"] > 0
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "torch" in out
+
+
+def test_an_unreadable_cache(
+    run: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    cache.write_text("a file where a folder should be")
+    monkeypatch.setenv("POLYLENS_CACHE", str(cache))
+    code, _, err = run(
+        "enhance", "--model", tiny_folder, "--languages", "sw", "--out", "run", *QUICK
+    )
+    assert code == 2
+    assert "must be a folder, but a file of that name is in the way" in " ".join(err.split())
+
+
+def test_help_of_every_command_has_examples(run: Any) -> None:
+    for command in ("enhance", "probe", "train", "evaluate", "report", "data", "doctor", "models"):
+        code, out, _ = run(command, "--help")
+        assert code == 0
+        assert f"polylens {command}" in out
+
+
+def test_truncated_prompts_still_end_in_the_template(tiny_folder: Path) -> None:
+    """The starter corpus is long for a byte-level tokenizer, so the runs above truncate."""
+    text = max((row["bn"] for row in starter_corpus().rows), key=len)
+    assert len(tiny_tokenizer()(text)["input_ids"]) > 128

@@ -1,0 +1,66 @@
+"""Prompts keep their template's end whatever is cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from polylens.errors import ConfigError, CorpusError
+from polylens.prompts import choose_format, require_usable
+from tiny import BOS_ID, tiny_tokenizer
+
+END = "<|im_start|>assistant\n"
+
+
+def test_the_chat_template_is_applied_once() -> None:
+    tokenizer = tiny_tokenizer(bos=True)
+    prompts = choose_format(tokenizer).encode(tokenizer, ["Habari?"], 100)
+    text = tokenizer.decode(prompts.ids[0])
+    assert text == "<|im_start|>user\nHabari?<|im_end|>\n" + END
+    assert BOS_ID not in prompts.ids[0]  # a template holds its own special tokens
+
+
+def test_without_a_template_the_text_stays_as_it_is() -> None:
+    tokenizer = tiny_tokenizer(chat_template=False, bos=True)
+    prompts = choose_format(tokenizer).encode(tokenizer, ["Habari?"], 100)
+    assert prompts.ids[0][0] == BOS_ID
+    assert tokenizer.decode(prompts.ids[0][1:]) == "Habari?"
+
+
+@pytest.mark.parametrize("max_tokens", [45, 60, 100])
+def test_truncation_keeps_the_generation_prompt(max_tokens: int) -> None:
+    tokenizer = tiny_tokenizer()
+    text = "中文 " * 100
+    prompts = choose_format(tokenizer).encode(tokenizer, [text, "short"], max_tokens)
+    assert prompts.n_truncated == 1
+    assert max_tokens - 4 < len(prompts.ids[0]) <= max_tokens  # as long as fits, by characters
+    decoded = tokenizer.decode(prompts.ids[0])
+    assert decoded.endswith("<|im_end|>\n" + END)
+    assert decoded.startswith("<|im_start|>user\n中文")
+
+
+def test_texts_of_which_nothing_fits_are_left_out_and_none_at_all_is_an_error() -> None:
+    tokenizer = tiny_tokenizer()
+    chat = choose_format(tokenizer)
+    prompts = chat.encode(tokenizer, ["a text"], 5)
+    assert prompts.ids == ()
+    with pytest.raises(CorpusError, match="must fit in max_tokens.*none does in 5 tokens"):
+        require_usable(prompts, "x.jsonl", 5)
+    assert chat.encode(tokenizer, ["", "x"], 200).kept == (0, 1)
+
+
+def test_a_template_can_be_a_file(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    file = tmp_path / "llama3.jinja"
+    file.write_text("[{{ messages[0]['content'] }}]{{ '\\n\\n' }}", encoding="utf-8")
+    prompts = choose_format(tokenizer, str(file)).encode(tokenizer, ["hi"], 100)
+    assert tokenizer.decode(prompts.ids[0]) == "[hi]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"), [("chat", "has none"), ("missing.jinja", "which is no file")]
+)
+def test_bad_templates(template: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose_format(tiny_tokenizer(chat_template=False), template)
