@@ -82,10 +82,11 @@ def test_it_works_without_a_pad_token(llama):
     assert generate_answers(llama, _prompts(), max_new_tokens=N_NEW) == expected
 
 
-def test_it_prints_nothing(llama, capfd, recwarn):
+def test_it_prints_nothing(llama, capfd, caplog, recwarn):
     llama.causal_lm.generation_config.temperature = 0.7  # greedy decoding warns of it
     generate_answers(llama, _prompts(), max_new_tokens=2)
     assert capfd.readouterr() == ("", "")
+    assert not caplog.records
     assert not recwarn.list
 
 

@@ -1,0 +1,40 @@
+# make demo | test | test-slow | lint | docs | bench: each sets up .venv itself when it has to.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint docs bench clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	touch $@
+
+# The main job on the embedded default: SmolLM2-135M-Instruct, the starter corpus, three languages.
+demo: $(VENV)/.installed
+	$(BIN)/polylens enhance --languages sw,es,zh --out runs/demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest --numprocesses 2 -m "not slow" tests src --doctest-modules
+
+# Real weights and reference numbers; minutes to an hour.
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow --timeout 3600 tests
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/python docs/generate_cli.py --check
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/generate_cli.py
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/cost.py
+
+clean:
+	rm -rf $(VENV) site runs build dist .mypy_cache .ruff_cache .pytest_cache
