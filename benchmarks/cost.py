@@ -1,7 +1,8 @@
 """What probing and training cost against their floor, measured side by side in one run.
 
-The floor is the time that the counted floating-point operations take at the measured rate of a float32 matrix product of
-1,024 rows. Run: python benchmarks/cost.py [MODEL]; it prints a table and writes benchmarks/results/cost.json.
+The floor is the time that the counted floating-point operations take at the measured rate of a
+float32 matrix product of 1,024 rows. Run: python benchmarks/cost.py [MODEL]; it prints a table and
+writes benchmarks/results/cost.json.
 """
 
 from __future__ import annotations
@@ -71,7 +72,10 @@ def main() -> None:
     target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"{name}: {prompts.n_tokens} tokens, matrix product at {rate / 1e9:.0f} GFLOP/s")
     for part in ("trunk", "crown_epoch"):
-        print(f"  {part:<12} {result[part]['seconds']:7.1f} s  {result[part]['over_floor']:.2f} x floor")  # type: ignore[index]
+        print(
+            f"  {part:<12} {result[part]['seconds']:7.1f} s  {result[part]['over_floor']:.2f} x "
+            "floor"
+        )  # type: ignore[index]
 
 
 if __name__ == "__main__":

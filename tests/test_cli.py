@@ -197,7 +197,7 @@ def test_data(run: Any, tiny_folder: Path) -> None:
     assert code == 0, err
     report = json.loads(out)
     assert report["n_rows"] == 128
-    assert [one["language"] for one in report["languages"]][0] == "en"
+    assert report["languages"][0]["language"] == "en"
     assert report["languages"][0]["token_premium"] == 1
     Path("rows.jsonl").write_text(
         "".join(

@@ -16,7 +16,7 @@ PROMPTS = [[5, 9, 30, 12, 7, 80, 41, 6], [7, 8], [11, 60, 33, 20, 19], [90], [4,
 
 
 def _alone(model: LanguageModel, ids: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Layer outputs and normed output of one prompt without any padding, from transformers' own forward."""
+    """Layer outputs and normed output of one unpadded prompt, from transformers' own forward."""
     outputs: list[torch.Tensor] = []
     hooks = [
         layer.register_forward_hook(

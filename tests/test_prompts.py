@@ -45,7 +45,7 @@ def test_texts_of_which_nothing_fits_are_left_out_and_none_at_all_is_an_error() 
     chat = choose_format(tokenizer)
     prompts = chat.encode(tokenizer, ["a text"], 5)
     assert prompts.ids == ()
-    with pytest.raises(CorpusError, match="must fit in max_tokens.*none does in 5 tokens"):
+    with pytest.raises(CorpusError, match=r"must fit in max_tokens.*none does in 5 tokens"):
         require_usable(prompts, "x.jsonl", 5)
     assert chat.encode(tokenizer, ["", "x"], 200).kept == (0, 1)
 

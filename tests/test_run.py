@@ -131,7 +131,6 @@ def test_subspaces_of_another_model_are_refused(
     finished: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     from polylens.subspaces import Subspaces
-
     from tiny import save_tiny
 
     other = load_model(save_tiny(tmp_path / "other", "qwen2"))
@@ -147,7 +146,8 @@ from polylens.run import enhance
 import torch
 torch.set_num_threads(1)
 
-settings, out, stage, calls = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+settings, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+stage, calls = sys.argv[3], int(sys.argv[4])
 state = {"on": False, "calls": 0}
 
 def on_stage(name):

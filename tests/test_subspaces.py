@@ -28,7 +28,7 @@ def projector(rows: torch.Tensor) -> torch.Tensor:
 
 
 def planted(n_languages: int = 5, rank: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Means = one shared vector + points of a subspace orthogonal to it; returns means, shared, basis."""
+    """Means = a shared vector + points of a subspace orthogonal to it; all three."""
     basis = orthonormal(rank + 1)
     shared, specific = 7.0 * basis[0], basis[1:]
     generator = torch.Generator().manual_seed(3)

@@ -77,7 +77,7 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(tiny_model: Languag
 
 
 def test_first_losses_equal_those_of_two_whole_models(llama: LanguageModel) -> None:
-    """An independent reference: transformers' own forward of the whole model, no batching, no padding."""
+    """An independent reference: transformers' own forward, whole model, no batch, no padding."""
     subspaces, parallel = setting(llama)
     ids, rows = prompts()
     result = train_crown(
@@ -106,7 +106,7 @@ def test_first_losses_equal_those_of_two_whole_models(llama: LanguageModel) -> N
 
 
 def test_first_gradient_equals_that_of_the_whole_model(llama: LanguageModel) -> None:
-    """One step of plain SGD in effect: AdamW's first step has the sign of the gradient, so compare those."""
+    """AdamW's first step has the sign of the gradient, so compare those."""
     subspaces, parallel = setting(llama)
     ids, rows = prompts()
     settings = TrainSettings(

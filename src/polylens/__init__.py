@@ -1,8 +1,8 @@
-"""PolyLens makes open language models better in the languages they speak badly, without losing English.
+"""PolyLens makes open language models better in the languages they speak badly, and keeps English.
 
-The steps as functions: `load_model`, `read_texts` and `read_parallel` (or `starter_corpus`), `probe`, `train`,
-`evaluate`, `save_model`; or all of them in one: `enhance`. They take and return plain objects, print nothing, and never touch the
-global seed.
+The steps as functions: `load_model`, `read_texts` and `read_parallel` (or `starter_corpus`),
+`probe`, `train`, `evaluate`, `save_model`; or all of them in one: `enhance`. They take and return
+plain objects, print nothing, and never touch the global seed.
 """
 
 from polylens.config import RunConfig, load_config

@@ -1,7 +1,8 @@
 """Files that are either whole or absent.
 
-Everything PolyLens writes goes through here: a temporary name beside the target, fsync, rename. Tensors are safetensors
-with a checksum in their metadata, so that a half-written or tampered file is noticed and never used. Nothing is pickled.
+Everything PolyLens writes goes through here: a temporary name beside the target, fsync, rename.
+Tensors are safetensors with a checksum in their metadata, so that a half-written or tampered file
+is noticed and never used. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from polylens.errors import CorruptFileError, StorageError
+from polylens.errors import CorruptFileError, PolyLensError, StorageError
 
 # One entry holds everything: safetensors writes several in an order that differs from run to run.
 _METADATA_KEY = "polylens"
@@ -32,7 +33,7 @@ def readable_storage_errors(path: Path) -> Iterator[None]:
     """Turn an `OSError` under `path` into a `StorageError` of one clear sentence."""
     try:
         yield
-    except StorageError:
+    except PolyLensError:  # some of them are OSErrors too
         raise
     except OSError as error:
         raise StorageError(_explain(error, path)) from error
@@ -44,20 +45,33 @@ def readable_storage_errors(path: Path) -> Iterator[None]:
 
 def _explain(error: OSError, path: Path) -> str:
     if error.errno == errno.ENOSPC:
-        return f"the disk that holds {path} is full; free some space or choose another folder, then run again"
+        return (
+            f"the disk that holds {path} is full; free some space or choose another folder, then "
+            "run again"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{path} must be readable and writable, but the system refuses access; check its permissions or choose another folder"
+        return (
+            f"{path} must be readable and writable, but the system refuses access; check its "
+            "permissions or choose another folder"
+        )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f"{path} must be a folder, but a file of that name is in the way; remove it or choose another folder"
-    return f"{path} cannot be read or written ({error.strerror or error}); check the disk, then run again"
+        return (
+            f"{path} must be a folder, but a file of that name is in the way; remove it or choose "
+            "another folder"
+        )
+    return (
+        f"{path} cannot be read or written ({error.strerror or error}); check the disk, then run "
+        "again"
+    )
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it takes `path`'s name at once, on failure it is removed.
+    """Give a temporary path beside `path`, which takes its name on success and goes on failure.
 
     Args:
-        path: the file or folder to write. Its parents are made. An existing file is replaced; an existing folder too.
+        path: the file or folder to write. Its parents are made. An existing file is replaced; an
+            existing folder too.
 
     Yields:
         A path that does not exist yet; make a file or a folder of it.
@@ -176,11 +190,13 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, ValueError) as error:
             raise CorruptFileError(
-                f"{path} must be a safetensors file, but it is damaged ({error}); delete it and run again"
+                f"{path} must be a safetensors file, but it is damaged ({error}); delete it and "
+                "run again"
             ) from error
     if metadata.pop("sha256", None) != _checksum(tensors, metadata):
         raise CorruptFileError(
-            f"{path} does not match its own checksum, so it was damaged or changed; delete it and run again"
+            f"{path} does not match its own checksum, so it was damaged or changed; delete it and "
+            "run again"
         )
     return tensors, metadata
 
@@ -188,7 +204,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def tensor_digest(tensor: torch.Tensor) -> bytes:
     """SHA-256 of a tensor's bytes (its dtype and shape are not part of it)."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).digest()
+    return hashlib.sha256(flat.numpy().data).digest()
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> str:

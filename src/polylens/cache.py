@@ -1,6 +1,7 @@
 """Where PolyLens keeps what can be made again: converted models and trunk states.
 
-The folder is `$POLYLENS_CACHE`, else `$XDG_CACHE_HOME/polylens`, else `~/.cache/polylens`. Deleting it costs time only.
+The folder is `$POLYLENS_CACHE`, else `$XDG_CACHE_HOME/polylens`, else `~/.cache/polylens`. Deleting
+it costs time only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a run is: frozen, typed settings that refuse unknown keys.
 
-`RunConfig` holds what changes the numbers; `Runtime` how the run is carried out. Precedence, lowest first: the defaults
-below, the preset, the YAML file, the command line. Field descriptions are the help texts of the command line.
+`RunConfig` holds what changes the numbers; `Runtime` how the run is carried out. Precedence, lowest
+first: the defaults below, the preset, the YAML file, the command line. Field descriptions are the
+help texts of the command line.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class ProbeSettings(_Settings):
     )
     agnostic: Literal["mean", "complement"] = Field(
         "mean",
-        description="Language-agnostic subspace: 'mean' is span(mu_a), as published; 'complement' is "
-        "everything orthogonal to the specific subspace.",
+        description="Language-agnostic subspace: 'mean' is span(mu_a), as published; 'complement' "
+        "is everything orthogonal to the specific subspace.",
     )
     layers: tuple[int, ...] | None = Field(
         None,
@@ -191,8 +192,8 @@ class RunConfig(_Settings):
     def _distinct(self) -> RunConfig:
         if self.central in self.languages:
             raise ValueError(
-                f"target languages must differ from the central language, got {self.central!r} as both; "
-                "leave it out of languages or choose another central language"
+                f"target languages must differ from the central language, got {self.central!r} as "
+                "both; leave it out of languages or choose another central language"
             )
         if isinstance(self.train.strength, dict):
             for language in self.train.strength:
@@ -222,8 +223,8 @@ class Runtime(_Settings):
     trust_remote_code: bool = Field(False, description="Let the model's own Python code run.")
 
 
-# The published settings (arXiv 2410.04407, appendix, and the published scripts). They are written out
-# in full, so that a later change of a default cannot change them.
+# The published settings (arXiv 2410.04407, appendix, and the published scripts), written out in
+# full, so that a later change of a default cannot change them.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "paper": {

@@ -1,7 +1,8 @@
 """The crown: the decoder layers from the boundary up, run from the states that enter them.
 
-`run_crown` runs the model's own top layers (with whatever weights they hold now); `Crown` is a trainable copy of them
-with float32 master weights. `CrownDelta` is what training leaves: the change of each weight, with a strength dial.
+`run_crown` runs the model's own top layers (with whatever weights they hold now); `Crown` is a
+trainable copy of them with float32 master weights. `CrownDelta` is what training leaves: the change
+of each weight, with a strength dial.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from polylens.models.structure import DecoderStructure
 class Crown(nn.Module):
     """A trainable float32 copy of decoder layers `boundary_layer` and up.
 
-    The update of a step is far below the spacing of bfloat16 numbers, so the weights in training are
-    float32 whatever the model's dtype; where the model computes in a narrower dtype, autocast does too.
+    The update of a step is far below the spacing of bfloat16 numbers, so the weights in training
+    are float32 whatever the model's dtype; where the model computes in a narrower dtype, autocast
+    does too.
 
     Attributes:
         boundary_layer: the first layer of the crown.
@@ -50,8 +52,8 @@ class Crown(nn.Module):
         """Run the crown.
 
         Args:
-            boundary: (batch, seq_len, hidden_size), states that enter `boundary_layer`, padded on the
-                right.
+            boundary: (batch, seq_len, hidden_size), states that enter `boundary_layer`, padded on
+                the right.
 
         Returns:
             (batch, seq_len, hidden_size) float32, the last layer's output before the final norm.
@@ -70,7 +72,7 @@ class Crown(nn.Module):
                 yield structure.parameter_name(index, name), parameter
 
     def changes(self) -> dict[str, Tensor]:
-        """Return the change of every weight in training against the model's own, float32, on the CPU."""
+        """Return the change of every weight against the model's own, float32, on the CPU."""
         original = dict(self.structure_[0].causal_lm.named_parameters())
         return {
             name: (parameter.detach() - original[name].detach().float()).cpu()
@@ -90,8 +92,8 @@ def run_crown(
         token_budget: padded tokens of a batch.
 
     Yields:
-        Indices of the prompts; (batch, seq_len, hidden_size) output of the last layer before the final
-        norm, padded on the right; (batch,) lengths.
+        Indices of the prompts; (batch, seq_len, hidden_size) output of the last layer before the
+        final norm, padded on the right; (batch,) lengths.
     """
     assert states.boundary is not None
     assert states.boundary_layer is not None
@@ -176,8 +178,8 @@ class CrownDelta:
             weight = original.get(name)
             if weight is None or weight.shape != change.shape:
                 raise ModelError(
-                    f"the model must have the weight {name} of shape {tuple(change.shape)} that the "
-                    "delta changes, but has not; apply the delta to the model it was trained on"
+                    f"the model must have the weight {name} of shape {tuple(change.shape)} that "
+                    "the delta changes, but has not; apply the delta to the model it was trained on"
                 )
             exact = weight.detach().float() + strength * change.to(weight.device)
             rounded = exact if dtype is None else exact.to(dtype)

@@ -1,7 +1,7 @@
 """Which of a few languages a text is in: py3langid, limited to the languages in play.
 
-Limiting it lifts its accuracy (docs/evaluation.md). py3langid's own way of limiting is global state; here every set of
-languages has an identifier of its own.
+Limiting it lifts its accuracy (docs/evaluation.md). py3langid's own way of limiting is global
+state; here every set of languages has an identifier of its own.
 """
 
 from __future__ import annotations

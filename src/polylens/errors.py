@@ -1,8 +1,9 @@
 """Every error PolyLens raises on purpose, and the exit code each one stands for.
 
-All derive from `PolyLensError`; each also derives from the built-in a caller would expect to catch. A message is one
-sentence that says what must hold, what was given and what to do next. The command line prints it in one line and exits
-with `exit_code`: 2 for wrong usage or input, 1 for a failure on the way, 3 for a failed gate.
+All derive from `PolyLensError`; each also derives from the built-in a caller would expect to catch.
+A message is one sentence that says what must hold, what was given and what to do next. The command
+line prints it in one line and exits with `exit_code`: 2 for wrong usage or input, 1 for a failure
+on the way, 3 for a failed gate.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class MissingExtraError(UsageError, ImportError):
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
         super().__init__(
-            f"{purpose} needs {library}, which is not installed; run: pip install 'polylens[{extra}]'"
+            f"{purpose} needs {library}, which is not installed; run: pip install "
+            f"'polylens[{extra}]'"
         )
 
 

@@ -1,9 +1,10 @@
-"""The trunk pass: every prompt through the model once, keeping just the hidden states that later steps read.
+"""The trunk pass: every prompt through the model once, keeping the states that are read later.
 
-The crown (layers `boundary_layer` and up) is trained, evaluated and compared from the states that enter it, and the
-subspaces are read off one pooled state per layer; so one pass per corpus serves everything, and the reference states of
-the untouched model come from it too. No logits, no attention masks (right padding and causal attention: pads never
-reach real tokens), batches sorted by length and cut by a token budget.
+The crown (layers `boundary_layer` and up) is trained, evaluated and compared from the states that
+enter it, and the subspaces are read off one pooled state per layer; so one pass per corpus serves
+everything, and the reference states of the untouched model come from it too. No logits, no
+attention masks (right padding and causal attention: pads never reach real tokens), batches sorted
+by length and cut by a token budget.
 
 Floor: 2 · parameters of the layers run · real tokens floating-point operations.
 """
@@ -23,8 +24,8 @@ from polylens.progress import Progress, silent
 
 Pooling = Literal["last", "mean"]
 
-# Matrix products stop growing faster at about 1,000 rows on the CPUs measured (docs/performance.md),
-# while the activations of a batch grow with it.
+# Matrix products stop growing faster at about 1,000 rows on the CPUs measured
+# (docs/performance.md), while the activations of a batch grow with it.
 TOKEN_BUDGET = 1024
 
 
@@ -51,8 +52,8 @@ class HiddenStates:
     Attributes:
         lengths: (n_prompts,) int64, tokens of each prompt.
         boundary_layer: the layer that `boundary` enters; None when it was not kept.
-        pooled: (n_prompts, n_layers + 1, hidden_size) float32, one state a prompt and layer; the last
-            entry has passed the final norm.
+        pooled: (n_prompts, n_layers + 1, hidden_size) float32, one state a prompt and layer; the
+            last entry has passed the final norm.
         boundary: (n_tokens, hidden_size), what enters `boundary_layer`.
         final: (n_tokens, hidden_size), the last layer's output before the final norm.
     """
@@ -74,7 +75,8 @@ def token_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[in
 
     Args:
         lengths: tokens of each prompt.
-        token_budget: rows times longest length of a batch; a longer prompt makes a batch of its own.
+        token_budget: rows times longest length of a batch; a longer prompt makes a batch of its
+            own.
 
     Yields:
         Indices of the prompts of one batch, longest first.
@@ -92,7 +94,7 @@ def token_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[in
 
 
 def pad_right(prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Stack prompts into (batch, longest) int64, padded on the right with id 0 (any valid id does)."""
+    """Stack prompts into (batch, longest) int64, padded on the right with id 0 (any id does)."""
     padded = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
     for row, ids in enumerate(prompts):
         padded[row, : len(ids)] = torch.tensor(ids)

@@ -84,7 +84,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int:
-    """Return this process's largest resident memory so far, in bytes; 0 where the system does not say."""
+    """Return this process's largest resident memory in bytes; 0 where it is not known."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,7 +1,7 @@
 """Languages by any name, as BCP 47 codes: zh, zho, Chinese, zh-CN and zho_Hans all mean "zh".
 
-A code is standardised, and subtags that are the likely ones for what is left are dropped: zh-CN is zh, pt-BR is pt, but
-zh-TW and pt-PT stay what they are.
+A code is standardised, and subtags that are the likely ones for what is left are dropped: zh-CN is
+zh, pt-BR is pt, but zh-TW and pt-PT stay what they are.
 """
 
 from __future__ import annotations

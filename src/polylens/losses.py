@@ -1,10 +1,10 @@
 """The three losses of language subspace manipulation (LSM), one unit each.
 
-Each is a mean over rows and hidden dimensions of a squared difference, that is ‖difference‖² / hidden_size for one row.
-They are summed over target languages by the caller. Names follow the paper's text: `AlignLoss` pulls a target language
-towards the central one in the agnostic subspace, `SeparateLoss` pushes it along its own direction in the specific
-subspace, `RetainLoss` holds the central language where it was. (The published code names the first two the other way
-round.)
+Each is a mean over rows and hidden dimensions of a squared difference, that is ‖difference‖² /
+hidden_size for one row. They are summed over target languages by the caller. Names follow the
+paper's text: `AlignLoss` pulls a target language towards the central one in the agnostic subspace,
+`SeparateLoss` pushes it along its own direction in the specific subspace, `RetainLoss` holds the
+central language where it was. (The published code names the first two the other way round.)
 
 Source: Zhao et al. 2024, Lens (arXiv 2410.04407), section 3.2, equations 1 to 4.
 """

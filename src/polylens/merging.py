@@ -1,8 +1,8 @@
 """The enhanced model as a folder that plain transformers, vLLM and others load.
 
-Rounding is the trap here: a step of training changes a weight by less than half the spacing of bfloat16 numbers, so a
-merged model in the stored dtype can lose most of what was learnt. `choose_dtype` measures that, and what is evaluated is
-the model as saved.
+Rounding is the trap here: a step of training changes a weight by less than half the spacing of
+bfloat16 numbers, so a merged model in the stored dtype can lose most of what was learnt.
+`choose_dtype` measures that, and what is evaluated is the model as saved.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_LOST_RATIO = 0.1
 
 
 def stored_dtype(model: LanguageModel) -> torch.dtype:
-    """Return the dtype that the model's weights were stored in, before any widening for computing."""
+    """Return the dtype that the model's weights were stored in, before any widening."""
     stored = None
     if model.source is not None:
         config = json.loads((model.source.folder / "config.json").read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     card: str | None = None,
 ) -> None:
-    """Write the merged model with tokenizer, generation config and chat template, whole or not at all.
+    """Write the merged model with all that belongs to it, whole or not at all.
 
     Args:
         model: the untouched model; it is not changed.
@@ -116,7 +116,7 @@ def save_model(
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:
-    """State the dtype of the saved weights; transformers wrote the one that the model computes in."""
+    """State the dtype of the saved weights; transformers wrote the computing dtype."""
     config = json.loads(path.read_text(encoding="utf-8"))
     name = str(dtype).removeprefix("torch.")
     for section in (config, config.get("text_config")):

@@ -53,7 +53,8 @@ def model_card(config: RunConfig, evaluation: Evaluation, plan: Mapping[str, Any
         ("strength", config.train.strength),
         (
             "weights align / separate / retain",
-            f"{config.train.align_weight} / {config.train.separate_weight} / {config.train.retain_weight}",
+            f"{config.train.align_weight} / {config.train.separate_weight} / "
+            f"{config.train.retain_weight}",
         ),
         ("agnostic subspace", config.probe.agnostic),
         ("dial of this model", config.output.strength),
@@ -65,20 +66,20 @@ def model_card(config: RunConfig, evaluation: Evaluation, plan: Mapping[str, Any
 
 # {base}, enhanced in {names}
 
-This is `{base}` with its top decoder layers changed by [PolyLens](https://arxiv.org/abs/2410.04407), an
-implementation of *Lens*: the hidden states are probed for a language-agnostic and a language-specific
-subspace; the target languages are pulled towards {central} in the first and pushed along their own
-direction in the second; {central} is held where it was. No answers were used in training, only parallel
-prompts.
+This is `{base}` with its top decoder layers changed by PolyLens, an implementation of
+[*Lens*](https://arxiv.org/abs/2410.04407): the hidden states are probed for a language-agnostic
+and a language-specific subspace; the target languages are pulled towards {central} in the first and
+pushed along their own direction in the second; {central} is held where it was. No answers were used
+in training, only parallel prompts.
 
 ## Results
 
 {results_table(evaluation)}
 
 Held-out prompts: {heldout["rows"]} rows of `{heldout["name"]}`. Answers are greedy, at most
-{evaluation.max_new_tokens} tokens, and count as in the language when py3langid, limited to the languages
-of the table, says so. Bits per byte are over the held-out texts; lower is better. The change of states is
-‖h - h°‖ / ‖h°‖ of the mean state after the final norm.
+{evaluation.max_new_tokens} tokens, and count as in the language when py3langid, limited to the
+languages of the table, says so. Bits per byte are over the held-out texts; lower is better. The
+change of states is ‖h - h°‖ / ‖h°‖ of the mean state after the final norm.
 
 Not measured here: benchmarks, the quality of the answers, safety, and languages outside the table.
 
@@ -113,7 +114,8 @@ Made with polylens {plan["versions"]["polylens"]}, torch {plan["versions"]["torc
 def results_table(evaluation: Evaluation) -> str:
     """Return before and after as a Markdown table, central language first."""
     lines = [
-        "| language | answers in it, before | after | bits per byte, before | after | change of states |",
+        "| language | answers in it, before | after | bits per byte, before | after | change of "
+        "states |",
         "|-|-|-|-|-|-|",
     ]
     for language in evaluation.all_languages:
@@ -121,8 +123,8 @@ def results_table(evaluation: Evaluation) -> str:
         bits = evaluation.bits_per_byte[language]
         before, after = fidelity.before, fidelity.after
         lines.append(
-            f"| {language_name(language)} | {before.passed} of {before.n} | {after.passed} of {after.n} "
-            f"| {bits.before:.4f} | {bits.after:.4f} "
+            f"| {language_name(language)} | {before.passed} of {before.n} | {after.passed} of "
+            f"{after.n} | {bits.before:.4f} | {bits.after:.4f} "
             f"| {evaluation.state_change[language].relative:.2%} |"
         )
     return "\n".join(lines)

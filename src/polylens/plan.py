@@ -1,7 +1,7 @@
 """Deciding, apart from doing: what a run will read, train and cost, before any weight is loaded.
 
-`make_plan` finds the model, reads the corpora, chooses rows and tokenises them; everything cheap that can be wrong with a
-run is found here.
+`make_plan` finds the model, reads the corpora, chooses rows and tokenises them; everything cheap
+that can be wrong with a run is found here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Cost:
     """What a run will take, from counted operations and bytes.
 
     Attributes:
-        trunk_flops: floating-point operations of the trunk passes: 2 · layer parameters · real tokens.
+        trunk_flops: floating-point operations of the trunk passes: 2 · layer parameters · real
+            tokens.
         crown_flops: of training: three times the crown's forward, each epoch.
         weights_bytes: the model in memory.
         training_bytes: crown, gradients and two AdamW moments, float32.
@@ -49,6 +50,11 @@ class Cost:
     def memory_bytes(self) -> int:
         """Peak memory: the stages hold the weights, and either states and crown or nothing more."""
         return self.weights_bytes + self.training_bytes + self.states_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk for the run: the merged model, once more while it is written, and the states."""
+        return 2 * self.output_bytes + self.states_bytes
 
 
 @dataclass(frozen=True)
@@ -185,7 +191,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
 
 
 def _split(config: RunConfig) -> tuple[ParallelCorpus, ParallelCorpus]:
-    """Return the rows to train on and those to evaluate on, which have the watched languages too."""
+    """Return the rows to train on and those to evaluate on (with watched languages)."""
     evaluate = config.evaluate
     languages = config.all_languages
     everything = (*languages, *evaluate.extra_languages)
@@ -200,8 +206,8 @@ def _split(config: RunConfig) -> tuple[ParallelCorpus, ParallelCorpus]:
     unseen = tuple(row for row in heldout.rows if row.get(config.central) not in seen)
     if not unseen:
         raise CorpusError(
-            f"evaluation must use rows that training does not, but every row of {heldout.name} is also "
-            "a training row; give evaluate.corpus other rows"
+            f"evaluation must use rows that training does not, but every row of {heldout.name} is "
+            "also a training row; give evaluate.corpus other rows"
         )
     heldout = ParallelCorpus(heldout.name, unseen)
     return train, heldout

@@ -1,4 +1,4 @@
-"""How long work says how far it is: one callable, which the command line draws and the library leaves silent."""
+"""How long work says how far it is: a callable that the command line draws; silent by default."""
 
 from __future__ import annotations
 

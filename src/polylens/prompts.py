@@ -1,8 +1,8 @@
 """From texts to token ids: chat template, special tokens, truncation.
 
-A prompt is what the model reads before it answers: the text as one user turn in the chat template, generation prompt
-included. A text that is too long loses its own end, never the template's: the last token, which the method reads, stays
-that of the generation prompt.
+A prompt is what the model reads before it answers: the text as one user turn in the chat template,
+generation prompt included. A text that is too long loses its own end, never the template's: the
+last token, which the method reads, stays that of the generation prompt.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class PromptFormat:
         )
 
     def _truncate(self, tokenizer: Any, text: str, max_tokens: int, add_special: bool) -> list[int]:
-        """Find the longest start of `text` whose prompt fits; empty when no character of it does."""
+        """Find the longest start of `text` whose prompt fits; empty when none does."""
         fits, too_long = 0, len(text)  # in characters; prompts grow with their text
         best: list[int] = []
         while too_long - fits > 1:
@@ -147,8 +147,8 @@ def require_usable(prompts: Prompts, what: str, max_tokens: int) -> Prompts:
     """
     if not prompts.ids:
         raise CorpusError(
-            f"at least one text of {what} must fit in max_tokens with its template, but none does in "
-            f"{max_tokens} tokens; raise max_tokens or use shorter texts"
+            f"at least one text of {what} must fit in max_tokens with its template, but none does "
+            f"in {max_tokens} tokens; raise max_tokens or use shorter texts"
         )
     return prompts
 

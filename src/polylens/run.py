@@ -1,8 +1,8 @@
-"""The main job: a run folder that goes from a configuration to a better model, the proof, and a report.
+"""The main job: a run folder, from a configuration to a better model, the proof and a report.
 
-`enhance` does the stages in order: probe, train, evaluate, save the model, report. Each writes its artefact whole and
-then notes itself in the journal, so a run that was killed goes on where it was, and one that is finished is not repeated.
-The folder is described in docs/runs.md.
+`enhance` does the stages in order: probe, train, evaluate, save the model, report. Each writes its
+artefact whole and then notes itself in the journal, so a run that was killed goes on where it was,
+and one that is finished is not repeated. The folder is described in docs/runs.md.
 """
 
 from __future__ import annotations
@@ -205,13 +205,14 @@ def _check_folder(folder: RunFolder, config: RunConfig) -> None:
             if {path.name for path in present} <= {folder.given.name, folder.evaluation.name}:
                 return  # killed between the first two files
             raise RunError(
-                f"the output folder must be new, empty or hold this run, but {folder.path} holds other "
-                "files; choose another --out"
+                f"the output folder must be new, empty or hold this run, but {folder.path} holds "
+                "other files; choose another --out"
             )
         if folder.resolved.read_text(encoding="utf-8") != dump_yaml(config):
             raise RunError(
-                f"the output folder must be new or hold this run, but {folder.path} holds a run with "
-                f"other settings (see its {folder.resolved.name}); choose another --out or delete it"
+                f"the output folder must be new or hold this run, but {folder.path} holds a run "
+                f"with other settings (see its {folder.resolved.name}); choose another --out or "
+                "delete it"
             )
 
 
@@ -279,7 +280,7 @@ class _Run:
         return choose_dtype(self.model, self.delta, output.dtype, output.strength)
 
     def record(self) -> dict[str, Any]:
-        """What plan.json holds: no path of the machine, so that a run can be compared with another."""
+        """What plan.json holds: no path of the machine, so that runs can be compared."""
         plan = self.plan
         return {
             "model": {
@@ -394,8 +395,8 @@ def read_report_data(folder: RunFolder) -> ReportData:
     for path in (folder.summary, folder.subspaces, folder.delta, folder.plan, folder.resolved):
         if not path.exists():
             raise RunError(
-                f"a report needs a run that has been evaluated, but {folder.path} has no {path.name}; "
-                "finish the run with `polylens enhance` first"
+                f"a report needs a run that has been evaluated, but {folder.path} has no "
+                f"{path.name}; finish the run with `polylens enhance` first"
             )
     tensors, metadata = load_tensors(folder.map_states)
     states: dict[str, dict[str, torch.Tensor]] = {"before": {}, "after": {}}

@@ -1,8 +1,9 @@
 """Trunk states kept between runs, under a key of everything that determines them.
 
-The key covers the model's weights, the prompts' token ids (and so tokenizer, template, corpus and truncation), what is
-kept, the dtype, the kind of device and the batches; so a stale entry is impossible. A damaged entry is noticed by its
-checksum and made again. Old entries go when the folder grows past `MAX_BYTES`.
+The key covers the model's weights, the prompts' token ids (and so tokenizer, template, corpus and
+truncation), what is kept, the dtype, the kind of device and the batches; so a stale entry is
+impossible. A damaged entry is noticed by its checksum and made again. Old entries go when the
+folder grows past `MAX_BYTES`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def cached_hidden_states(
     token_budget: int = TOKEN_BUDGET,
     progress: Progress = silent,
 ) -> HiddenStates:
-    """Return the states from the cache, or make and keep them. Arguments as `collect_hidden_states`.
+    """Return states from the cache, or make and keep them; see `collect_hidden_states`.
 
     Raises:
         StorageError: the cache cannot be read or written.

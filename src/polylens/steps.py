@@ -1,7 +1,8 @@
 """The steps of the method as functions that take and return plain objects.
 
-`probe` finds the subspaces, `train` the change of the top layers. Each turns texts into prompts, runs the trunk once and
-hands over to the mathematics. `polylens.run` strings the same functions together, with prompts it has made already.
+`probe` finds the subspaces, `train` the change of the top layers. Each turns texts into prompts,
+runs the trunk once and hands over to the mathematics. `polylens.run` strings the same functions
+together, with prompts it has made already.
 """
 
 from __future__ import annotations
@@ -107,9 +108,9 @@ def encode_parallel(
         n_truncated += prompts.n_truncated
     if not rows:
         raise CorpusError(
-            f"at least one row of {corpus.name} must hold a text in {central} and in a target language "
-            f"that fits in max_tokens with its template, but none does in {max_tokens} tokens; "
-            "raise max_tokens or check the rows with `polylens data`"
+            f"at least one row of {corpus.name} must hold a text in {central} and in a target "
+            f"language that fits in max_tokens with its template, but none does in {max_tokens} "
+            "tokens; raise max_tokens or check the rows with `polylens data`"
         )
     return ParallelPrompts(tuple(ids), tuple(rows), tuple(sources), n_truncated)
 

@@ -1,9 +1,11 @@
-"""Language subspace probing (LSP): where each layer keeps what languages share and what sets them apart.
+"""Language subspace probing (LSP): where each layer keeps what languages share and what parts them.
 
-`decompose` is the mathematics for one layer, `probe_subspaces` applies it to every layer, `Subspaces` holds the result
-and projects. Everything here is float64; inputs may be anything narrower.
+`decompose` is the mathematics for one layer, `probe_subspaces` applies it to every layer,
+`Subspaces` holds the result and projects. Everything here is float64; inputs may be anything
+narrower.
 
-Sources: Zhao et al. 2024, Lens (arXiv 2410.04407), section 3.1, algorithm 1; Xie et al. 2022, LSAR (arXiv 2210.05096);
+Sources: Zhao et al. 2024, Lens (arXiv 2410.04407), section 3.1, algorithm 1; Xie et al. 2022, LSAR
+    (arXiv 2210.05096);
 Piratla et al. 2020, common-specific decomposition (arXiv 2003.12815).
 """
 
@@ -87,8 +89,8 @@ def check_rank(rank: int, n_languages: int) -> None:
         )
     if not 1 <= rank <= n_languages - 1:
         raise SubspaceError(
-            f"rank must be between 1 and {n_languages - 1} for {n_languages} languages, got {rank}; "
-            "lower rank or add languages"
+            f"rank must be between 1 and {n_languages - 1} for {n_languages} languages, got "
+            f"{rank}; lower rank or add languages"
         )
 
 
@@ -105,10 +107,11 @@ class Subspaces:
         agnostic_vector: (n_probed, hidden_size) float64, mu_a.
         specific_basis: (n_probed, rank, hidden_size) float64, orthonormal rows.
         singular_values: (n_probed, rank) float64.
-        separability: (n_probed,) float64, share of probing texts whose nearest language mean, within
-            the specific subspace, is that of their own language (each text left out of its mean).
-        agnostic: "mean": the agnostic subspace is span(mu_a), as published; "complement": everything
-            orthogonal to the specific basis.
+        separability: (n_probed,) float64, share of probing texts whose nearest language mean,
+            within the specific subspace, is that of their own language (each text left out of its
+            mean).
+        agnostic: "mean": the agnostic subspace is span(mu_a), as published; "complement":
+            everything orthogonal to the specific basis.
         metadata: fingerprint and name of the model, pooling, template, counts, versions.
     """
 
@@ -160,7 +163,8 @@ class Subspaces:
             return x - self.project_specific(x, layer)
         vector = self.agnostic_vector[self.position(layer)]
         unit = (vector / vector.norm()).to(x)
-        return (x @ unit)[..., None] * unit
+        projection: Tensor = (x @ unit)[..., None] * unit
+        return projection
 
     def direction(self, language: str, layer: int) -> Tensor:
         """Language direction omega_l = M_s·M_sᵀ·(m_l - m_c), (hidden_size,) float64.
@@ -228,8 +232,8 @@ class Subspaces:
             )
         if fingerprint is not None and metadata.get("fingerprint") != fingerprint:
             raise SubspaceError(
-                f"subspaces must be those of the model in use, but {path} was probed on another one "
-                f"({metadata.get('model', 'unknown')}); probe this model again"
+                f"subspaces must be those of the model in use, but {path} was probed on another "
+                f"one ({metadata.get('model', 'unknown')}); probe this model again"
             )
         del metadata["layer_convention"], metadata["rank"]
         return cls(
@@ -257,8 +261,8 @@ def probe_subspaces(
     """Find the language subspaces of every layer from pooled states.
 
     Args:
-        pooled: language → (n_texts, n_layers + 1, hidden_size), one state a text and layer. Languages
-            may have different numbers of texts.
+        pooled: language → (n_texts, n_layers + 1, hidden_size), one state a text and layer.
+            Languages may have different numbers of texts.
         central: the central language; one of the keys.
         rank: dimension of the language-specific subspace; None takes n_languages - 1.
         agnostic: form of the agnostic subspace.
@@ -313,14 +317,14 @@ def check_layers(layers: Sequence[int] | None, n_entries: int) -> tuple[int, ...
     for layer in layers:
         if not 0 <= layer < n_entries:
             raise SubspaceError(
-                f"layer must be between 0 and {n_entries - 2}, or {n_entries - 1} for the state after "
-                f"the final norm, got {layer}; choose one of those"
+                f"layer must be between 0 and {n_entries - 2}, or {n_entries - 1} for the state "
+                f"after the final norm, got {layer}; choose one of those"
             )
     return tuple(sorted(set(layers)))
 
 
 def _separability(pooled: Mapping[str, Tensor], layers: Sequence[int], basis: Tensor) -> Tensor:
-    """Leave-one-out accuracy of the nearest language mean, per layer, within the specific subspace."""
+    """Leave-one-out accuracy of the nearest language mean, per layer, in the specific subspace."""
     counts = torch.tensor([len(states) for states in pooled.values()], dtype=torch.float64)
     label = torch.repeat_interleave(torch.arange(len(counts)), counts.long())
     accuracy = []

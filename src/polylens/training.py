@@ -1,7 +1,8 @@
 """Language subspace manipulation (LSM): train the crown on kept states.
 
-`train_crown` takes boundary states and reference states of parallel prompts (from one trunk pass), and gives back the
-change of each weight. No second model, no logits, no trunk: a step costs three times the crown's forward.
+`train_crown` takes boundary states and reference states of parallel prompts (from one trunk pass),
+and gives back the change of each weight. No second model, no logits, no trunk: a step costs three
+times the crown's forward.
 
 Source: Zhao et al. 2024, Lens (arXiv 2410.04407), section 3.2.
 """
@@ -32,12 +33,12 @@ from polylens.subspaces import Subspaces
 
 logger = logging.getLogger(__name__)
 
-# A batch loss this many times the first one means that training runs away, not that a batch is hard:
-# between batches of one run the loss was seen to vary by less than half.
+# A batch loss this many times the first one means that training runs away, not that a batch is
+# hard: between batches of one run the loss was seen to vary by less than half.
 _DIVERGENCE_FACTOR = 10.0
 
-# A first loss below this is rounding, as when only the retain loss is on; states after the final norm
-# are of order 1 a dimension.
+# A first loss below this is rounding, as when only the retain loss is on; states after the final
+# norm are of order 1 a dimension.
 _DIVERGENCE_FLOOR = 1e-3
 
 # Checkpoints may cost this share of the time: a write that takes 1 s happens every 20 s.
@@ -50,8 +51,8 @@ class ParallelStates:
 
     Attributes:
         states: boundary and final states of all prompts, in any order.
-        rows: for each parallel row, language → index of its prompt in `states`. A row has the central
-            language and at least one target; other languages may be missing.
+        rows: for each parallel row, language → index of its prompt in `states`. A row has the
+            central language and at least one target; other languages may be missing.
         central: the central language.
     """
 
@@ -131,7 +132,8 @@ def train_crown(
         progress: told the steps done.
 
     Raises:
-        TrainingError: the loss is not finite or runs away. The checkpoint, if any, keeps the last good state.
+        TrainingError: the loss is not finite or runs away. The checkpoint, if any, keeps the last
+            good state.
     """
     crown = Crown(structure, trained_layers(settings, structure.n_layers))
     assert parallel.states.boundary_layer == crown.boundary_layer
@@ -188,8 +190,8 @@ def train_crown(
 def schedule(step: int, n_steps: int, warmup_ratio: float) -> float:
     """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero.
 
-    A function of the step alone, so that a resumed training needs no state for it. The published runs
-    used transformers' schedule of the same form, which starts at 0.
+    A function of the step alone, so that a resumed training needs no state for it. The published
+    runs used transformers' schedule of the same form, which starts at 0.
     """
     n_warmup = math.ceil(warmup_ratio * n_steps)
     if step < n_warmup:
@@ -245,7 +247,7 @@ class _Objective:
             present = [self._parallel.rows[r] for r in rows if language in self._parallel.rows[r]]
             if not present:
                 continue
-            # A row without this language adds nothing, so the mean over rows shrinks with their share.
+            # A row without this language adds nothing: the mean over rows shrinks with them.
             share = len(present) / len(rows)
             target = [now[row[language]] for row in present]
             if settings.align_weight > 0:
@@ -296,7 +298,7 @@ class _Objective:
         return torch.cat([_pool(states, self._settings.position) for states in prompts])
 
     def _central_goal(self, central: Tensor, target_prompt: int) -> Tensor:
-        """What a target prompt's states are aligned with: one state, repeated for every token of "all"."""
+        """What a target prompt is aligned with: one state, repeated for each token of "all"."""
         if self._settings.position != "all":
             return _pool(central, self._settings.position)
         n_tokens = self._offsets[target_prompt + 1] - self._offsets[target_prompt]
@@ -369,7 +371,7 @@ class _Saver:
 def _resume(
     path: Path, named: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> list[dict[str, float]]:
-    """Take weights and optimizer state from a checkpoint; return its log. A damaged one is ignored."""
+    """Take weights and optimizer state from a checkpoint; a damaged one is ignored."""
     try:
         tensors, metadata = load_tensors(path)
     except CorruptFileError:

@@ -26,7 +26,7 @@ _QUIET_SECONDS = 20.0
 
 
 class ProgressBars:
-    """Draws a bar for each piece of work on a terminal, and prints a line now and then elsewhere."""
+    """Draw a bar for each piece of work on a terminal; print a line now and then elsewhere."""
 
     def __init__(self, *, shown: bool) -> None:
         self._shown = shown

@@ -30,7 +30,7 @@ def doctor(
     offline: options.Offline = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Print environment, devices and cache; with languages, what a run would cost before it is started.
+    """Print environment, devices and cache; with languages, what a run would cost.
 
     **Examples**
 
@@ -56,7 +56,7 @@ def doctor(
             "seconds": flops / rate,
             "measured_flops_per_second": rate,
             "memory_bytes": plan.cost.memory_bytes,
-            "disk_bytes": 2 * plan.cost.output_bytes + plan.cost.states_bytes,
+            "disk_bytes": plan.cost.disk_bytes,
         }
         facts["run"] = cost
     elif overrides:
@@ -85,9 +85,10 @@ def doctor(
                 ["answers", "not counted: they depend on what the model says"],
                 [
                     "memory",
-                    f"about {size(plan.cost.memory_bytes)} of {size(psutil.virtual_memory().total)}",
+                    f"about {size(plan.cost.memory_bytes)} of "
+                    f"{size(psutil.virtual_memory().total)}",
                 ],
-                ["disk", f"about {size(cost['disk_bytes'])}"],
+                ["disk", f"about {size(plan.cost.disk_bytes)}"],
             ],
         )
 
@@ -115,7 +116,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def matmul_flops(device: str) -> float:
-    """Measure the floating-point operations a second of a float32 matrix product, in half a second."""
+    """Measure the operations a second of a float32 matrix product, within half a second."""
     where = choose_device(device)
     a, b = torch.randn(1024, 1024, device=where), torch.randn(1024, 2048, device=where)
     (a @ b).sum().item()  # the first call sets up threads and kernels

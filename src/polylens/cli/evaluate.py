@@ -44,7 +44,7 @@ def evaluate(
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Compare a model with itself under a delta: fidelity of answers, bits per byte, change of states.
+    """Compare a model with itself under a delta: fidelity, bits per byte, change of states.
 
     **Examples**
 

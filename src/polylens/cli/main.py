@@ -20,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Make open language models better in the languages they speak badly, without losing English.",
+    help="Make open models better in the languages they speak badly, without losing English.",
 )
 app.command("enhance")(run.enhance)
 app.command("probe")(probe.probe)

@@ -68,7 +68,7 @@ def enhance(
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Make a model better in some languages: probe, train, evaluate before and after, save, report."""
+    """Make a model better in some languages: probe, train, save, prove, report."""
     path, overrides = options.split_arguments(arguments)
     flags: dict[str, Any] = {
         "model": model,

@@ -1,6 +1,7 @@
 """The two kinds of corpora: texts per language, and parallel rows.
 
-Both are immutable, checked when made, and know nothing of files; `polylens.corpora.readers` makes them.
+Both are immutable, checked when made, and know nothing of files; `polylens.corpora.readers` makes
+them.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class ParallelCorpus:
     def make(
         cls, name: str, rows: Iterable[Mapping[str, str | None]], n_heldout: int = 0
     ) -> ParallelCorpus:
-        """Build a parallel corpus; codes are normalised, surrounding white space goes, blank texts too.
+        """Build a parallel corpus; codes are normalised, texts stripped, blank ones dropped.
 
         Raises:
             LanguageError: a language is unknown.
@@ -134,15 +135,16 @@ class ParallelCorpus:
             languages: central language first, then the targets.
 
         Raises:
-            CorpusError: a language is missing everywhere, or a target shares no row with the centre.
+            CorpusError: a language is missing everywhere, or a target shares no row with the
+                centre.
         """
         require_languages(self, languages)
         central, *targets = languages
         for target in targets:
             if not any(central in row and target in row for row in self.rows):
                 raise CorpusError(
-                    f"rows of {self.name} must be parallel, but none holds both {central} and {target}; "
-                    "put translations of one text into one row"
+                    f"rows of {self.name} must be parallel, but none holds both {central} and "
+                    f"{target}; put translations of one text into one row"
                 )
         first_heldout = len(self.rows) - self.n_heldout
         rows, n_heldout = [], 0
@@ -156,8 +158,8 @@ class ParallelCorpus:
     def split(self, n_heldout: int, seed: int = 0) -> tuple[ParallelCorpus, ParallelCorpus]:
         """Set rows apart for evaluation.
 
-        A corpus with held-out rows of its own gives those, at most `n_heldout` of them; from any other
-        corpus rows are drawn by `seed`.
+        A corpus with held-out rows of its own gives those, at most `n_heldout` of them; from any
+        other corpus rows are drawn by `seed`.
 
         Returns:
             The rows to train on, and those held out.
@@ -171,8 +173,8 @@ class ParallelCorpus:
         else:
             if len(self.rows) <= n_heldout:
                 raise CorpusError(
-                    f"a parallel corpus must hold more rows than are held out, but {self.name} holds "
-                    f"{len(self.rows)} and evaluate.rows is {n_heldout}; lower it or add rows"
+                    f"a parallel corpus must hold more rows than are held out, but {self.name} "
+                    f"holds {len(self.rows)} and evaluate.rows is {n_heldout}; lower it or add rows"
                 )
             order = list(range(len(self.rows)))
             random.Random(seed).shuffle(order)

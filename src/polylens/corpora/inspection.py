@@ -1,4 +1,4 @@
-"""What is in a corpus, and what is wrong with it: counts, lengths, duplicates, untranslated and foreign rows."""
+"""What is in a corpus, and what is wrong with it: counts, lengths, duplicates, foreign rows."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class LanguageReport:
         foreign: rows that the detector takes for another language, as (row, language).
         n_tokens: tokens of all texts, without template; None without a tokenizer.
         tokens_per_word: tokens over words; for Chinese, Japanese and Thai over characters.
-        token_premium: tokens over those of the same rows in the central language; None where the corpus
-            is not parallel.
+        token_premium: tokens over those of the same rows in the central language; None where the
+            corpus is not parallel.
         n_truncated: prompts longer than the limit, template included.
     """
 
@@ -191,12 +191,12 @@ def _warnings(reports: Sequence[LanguageReport], max_tokens: int) -> list[str]:
             )
             more = ", …" if len(report.foreign) > _ROWS_NAMED else ""
             found.append(
-                f"{report.language}: {len(report.foreign)} of {report.n_texts} texts look like another "
-                f"language: rows {rows}{more}"
+                f"{report.language}: {len(report.foreign)} of {report.n_texts} texts look like "
+                f"another language: rows {rows}{more}"
             )
         if report.n_truncated:
             found.append(
-                f"{report.language}: {report.n_truncated} of {report.n_texts} prompts are longer than "
-                f"{max_tokens} tokens and would lose their end"
+                f"{report.language}: {report.n_truncated} of {report.n_texts} prompts are longer "
+                f"than {max_tokens} tokens and would lose their end"
             )
     return found

@@ -1,13 +1,14 @@
 """From files to corpora.
 
-Every format first becomes rows of dictionaries; `_columns` then finds which column holds which language. JSON, JSONL and
-plain text are read here; CSV, TSV, Parquet and Hub data sets by the `datasets` library. The layouts understood:
+Every format first becomes rows of dictionaries; `_columns` then finds which column holds which
+language. JSON, JSONL and plain text are read here; CSV, TSV, Parquet and Hub data sets by the
+`datasets` library. The layouts understood:
 
 - one column a language: `en`, `zh`, `input_en`, `text_sw`, …
 - a language column (`language`, `lang`) and a text column, and for parallel rows an id column
 - plain text, one file a language (`en.txt`, `sw.txt`), line by line; parallel if the lines are
-- Alpaca (`instruction`, `input`) and ShareGPT (`conversations`, `messages`) rows, in a file named after its language
-  (`sw.json`) or with a language column
+- Alpaca (`instruction`, `input`) and ShareGPT (`conversations`, `messages`) rows, in a file named
+  after its language (`sw.json`) or with a language column
 - the published `train.json` (`Instances` with `input_en`, `input_zh`, …) and `test.jsonl`
 
 Surrounding white space is dropped from every text; nothing else is changed.
@@ -79,7 +80,8 @@ def read_parallel(spec: str | Path, languages: Sequence[str] | None = None) -> P
             with no other, are left out.
 
     Raises:
-        CorpusError: nothing there, nothing readable, a language is missing, or rows are not parallel.
+        CorpusError: nothing there, nothing readable, a language is missing, or rows are not
+            parallel.
     """
     if str(spec) == STARTER:
         corpus = starter_corpus()
@@ -105,8 +107,8 @@ def _read(spec: str | Path) -> dict[str, list[Row]]:
             )
             if not files:
                 raise CorpusError(
-                    f"a corpus folder must hold one file a language, named after it (en.txt, sw.txt), "
-                    f"but {path} holds none; rename the files or give one file"
+                    "a corpus folder must hold one file a language, named after it (en.txt, "
+                    f"sw.txt), but {path} holds none; rename the files or give one file"
                 )
             return {file.stem.split(".")[-1]: _read_file(file) for file in files}
         if path.is_file():
@@ -114,8 +116,8 @@ def _read(spec: str | Path) -> dict[str, list[Row]]:
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(spec)) and not path.suffix:
         return {"": _read_hub(str(spec))}
     raise CorpusError(
-        f"a corpus must be a file, a folder, a Hub data set id or '{STARTER}', but there is no {spec}; "
-        "check the path"
+        f"a corpus must be a file, a folder, a Hub data set id or '{STARTER}', but there is no "
+        f"{spec}; check the path"
     )
 
 
@@ -131,7 +133,8 @@ def _read_file(path: Path) -> list[Row]:
         rows = _read_with_datasets(path)
     else:
         raise CorpusError(
-            f"a corpus file must end in {', '.join(_SUFFIXES)}, got {path.name}; convert or rename it"
+            f"a corpus file must end in {', '.join(_SUFFIXES)}, got {path.name}; convert or rename "
+            "it"
         )
     if not rows:
         raise CorpusError(
@@ -153,7 +156,8 @@ def _read_jsonl(path: Path) -> list[Row]:
             ) from error
         if not isinstance(row, dict):
             raise CorpusError(
-                f"{path} must hold a JSON object in each line, but line {number} holds none; mend it"
+                f"{path} must hold a JSON object in each line, but line {number} holds none; mend "
+                "it"
             )
         rows.append(row)
     return rows
@@ -200,7 +204,8 @@ def _read_hub(spec: str) -> list[Row]:
         found = load_dataset(name, config or None)
     except (ConnectionError, TimeoutError) as error:
         raise DownloadError(
-            f"{spec} must be downloadable from the Hub, but the Hub cannot be reached; give a local file"
+            f"{spec} must be downloadable from the Hub, but the Hub cannot be reached; give a "
+            "local file"
         ) from error
     except Exception as error:  # a library boundary: missing, gated, scripted, malformed
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -243,8 +248,8 @@ def _texts_by_language(rows: Sequence[Row], stem: str, where: str) -> list[dict[
     if is_language(stem):
         return [{normalize_language(stem): _turn(row, where)} for row in rows]
     raise CorpusError(
-        f"{where} must have a column for each language (en, zh, input_en, …), or a language column and "
-        f"a text column, or be named after its language, but its columns are "
+        f"{where} must have a column for each language (en, zh, input_en, …), or a language column "
+        f"and a text column, or be named after its language, but its columns are "
         f"{', '.join(map(str, first))}; rename them"
     )
 
@@ -300,8 +305,8 @@ def _zip_files(files: Mapping[str, Sequence[Row]], where: str) -> list[dict[str,
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{stem} has {count}" for stem, count in counts.items())
         raise CorpusError(
-            f"the files of {where} must be parallel line by line, but their lengths differ: {listed}; "
-            "give files of equal length"
+            f"the files of {where} must be parallel line by line, but their lengths differ: "
+            f"{listed}; give files of equal length"
         )
     languages = {stem: normalize_language(stem) for stem in files}
     return [
@@ -315,7 +320,7 @@ def _zip_files(files: Mapping[str, Sequence[Row]], where: str) -> list[dict[str,
 
 
 def _turn(row: Row, where: str) -> str:
-    """Return the one text of a row: Alpaca's instruction with its input, ShareGPT's first human turn."""
+    """Return a row's text: Alpaca's instruction with its input, ShareGPT's first human turn."""
     for column in _TURN_COLUMNS:
         if isinstance(row.get(column), list):
             for turn in row[column]:
@@ -328,8 +333,8 @@ def _turn(row: Row, where: str) -> str:
         if column in row:
             return _text(row[column])
     raise CorpusError(
-        f"{where} must have a text column ({', '.join(_TEXT_COLUMNS)}) or conversations, but its columns "
-        f"are {', '.join(map(str, row))}; rename one"
+        f"{where} must have a text column ({', '.join(_TEXT_COLUMNS)}) or conversations, but its "
+        f"columns are {', '.join(map(str, row))}; rename one"
     )
 
 

@@ -1,4 +1,4 @@
-"""The starter corpus that ships with the package: parallel instructions in ten languages, written for PolyLens."""
+"""The starter corpus: parallel instructions in ten languages, shipped with the package."""
 
 from __future__ import annotations
 

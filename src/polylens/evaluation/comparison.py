@@ -1,6 +1,7 @@
 """A model before and after, on prompts that training never saw.
 
-`evaluate` does all of it; its three parts, `answer`, `compare` and `summarise`, are what a run does one by one.
+`evaluate` does all of it; its three parts, `answer`, `compare` and `summarise`, are what a run does
+one by one.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Comparison:
     Attributes:
         bits_per_byte: by language.
         state_change: by language.
-        last_states: "before" and "after" → language → (n, hidden_size), last token after the final norm.
+        last_states: "before" and "after" → language → (n, hidden_size), last token after the final
+            norm.
     """
 
     bits_per_byte: Mapping[str, BitsPerByte]

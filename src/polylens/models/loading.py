@@ -1,7 +1,8 @@
 """A model in memory, ready for the engine: structure, tokenizer, fingerprint, device and dtype.
 
-`load_model` takes anything that `polylens.models.source` can find; `wrap_model` takes a transformers model that you
-already hold. Both return a `LanguageModel`, which every later step takes.
+`load_model` takes anything that `polylens.models.source` can find; `wrap_model` takes a
+transformers model that you already hold. Both return a `LanguageModel`, which every later step
+takes.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def load_model(
             f"({_first_line(error)}); check the folder"
         ) from error
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    model = model.to(where).eval()
+    model.to(where)  # type: ignore[arg-type] # transformers wraps the method of torch
+    model.eval()
     return LanguageModel(find_structure(model), tokenizer, source.name, source)
 
 

@@ -1,7 +1,8 @@
 """Find a model by what the user calls it, and describe it without loading its weights.
 
-`resolve` turns a folder, a GGUF file, a registry name or a Hub id into a local folder of safetensors; `describe` reads
-sizes from the config and the safetensors headers alone, for plans and costs.
+`resolve` turns a folder, a GGUF file, a registry name or a Hub id into a local folder of
+safetensors; `describe` reads sizes from the config and the safetensors headers alone, for plans and
+costs.
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ def resolve(
         return ModelSource(spec, "folder", path, path.resolve().name)
     if path.is_file():
         raise ModelError(
-            f"model must be a folder, a .gguf file, a registry name or a Hub id, got the file {spec}; "
-            "give the folder that holds it"
+            "model must be a folder, a .gguf file, a registry name or a Hub id, got the file "
+            f"{spec}; give the folder that holds it"
         )
     looks_like_path = spec.startswith((".", "/", "~")) or path.suffix == ".gguf"
     if looks_like_path or not _HUB_ID.fullmatch(spec):
@@ -130,8 +131,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
     with readable_storage_errors(folder):
         if not config_path.is_file():
             raise ModelError(
-                f"a model folder must hold config.json, but {folder} does not; give the folder that "
-                "`save_pretrained` wrote"
+                f"a model folder must hold config.json, but {folder} does not; give the folder "
+                "that `save_pretrained` wrote"
             )
         try:
             config = json.loads(config_path.read_text(encoding="utf-8"))
@@ -189,7 +190,8 @@ def describe(folder: Path) -> ModelFacts:
                     sizes["layers" if re.search(r"\.\d+\.", name) else "other"] += size
         except SafetensorError as error:
             raise ModelError(
-                f"{file} must be a safetensors file, but is damaged ({error}); fetch the model again"
+                f"{file} must be a safetensors file, but is damaged ({error}); fetch the model "
+                "again"
             ) from error
     return ModelFacts(
         model_type=config.model_type,
@@ -255,8 +257,8 @@ def _from_hub(spec: str, revision: str | None, offline: bool) -> ModelSource:
     except LocalEntryNotFoundError as error:
         if is_offline(offline):
             raise ModelError(
-                f"{spec} must be in the Hub cache to be used offline, but is not; load it once with "
-                "a network first"
+                f"{spec} must be in the Hub cache to be used offline, but is not; load it once "
+                "with a network first"
             ) from error
         raise DownloadError(
             f"{spec} must be downloadable from the Hub, but the Hub cannot be reached; check the "

@@ -1,13 +1,16 @@
 """A decoder-only model taken apart: embeddings, decoder layers, final norm, head.
 
-The parts are found from the model's own structure, not from a list of names: the decoder layers are the outermost
-`ModuleList` as long as `config.num_hidden_layers`, and what the model does before and after them is learnt by running
-its own forward with the layers replaced by recorders. So scaled embeddings, rotary tables, sliding windows and soft
-capped logits come out as the model defines them. Start with `find_structure`.
+The parts are found from the model's own structure, not from a list of names: the decoder layers are
+the outermost `ModuleList` as long as `config.num_hidden_layers`, and what the model does before and
+after them is learnt by running its own forward with the layers replaced by recorders. So scaled
+embeddings, rotary tables, sliding windows and soft capped logits come out as the model defines
+them. Start with `find_structure`.
 
-Layer convention of the whole package: decoder layers count from 0, and the *output* of layer k is entry k of every
-per-layer array. One entry follows, `n_layers`: the last layer's output after the final norm. (transformers shifts by
-one: its `hidden_states[0]` is the embedding, `hidden_states[k + 1]` the output of layer k, except that its last entry
+Layer convention of the whole package: decoder layers count from 0, and the *output* of layer k is
+entry k of every per-layer array. One entry follows, `n_layers`: the last layer's output after the
+final norm. (transformers shifts by
+one: its `hidden_states[0]` is the embedding, `hidden_states[k + 1]` the output of layer k, except
+    that its last entry
 has passed the final norm.)
 """
 
@@ -27,15 +30,16 @@ from polylens.errors import ModelError
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a model passes to one decoder layer beside the hidden states: positions, masks, …"""
+    """What a model passes to a decoder layer beside the hidden states: positions, masks."""
 
     args: tuple[Any, ...]
     keywords: dict[str, Any]
 
     def __call__(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        """Run `layer` on hidden states of (batch, seq_len, hidden_size); return its output, same shape."""
+        """Run `layer` on hidden states of (batch, seq_len, hidden_size); same shape out."""
         output = layer(hidden_states, *self.args, **self.keywords)
-        return output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,8 @@ class DecoderStructure:
     def layer_inputs(self, input_ids: Tensor) -> LayerInputs:
         """Run everything before the decoder layers.
 
-        No attention mask is passed: with right padding and causal attention, pads never reach real tokens.
+        No attention mask is passed: with right padding and causal attention, pads never reach real
+        tokens.
 
         Args:
             input_ids: (batch, seq_len) int64, padded on the right with any valid id.
@@ -182,7 +187,8 @@ def find_structure(model: PreTrainedModel) -> DecoderStructure:
         model: a transformers causal LM; its weights are not changed.
 
     Raises:
-        ModelError: the model is not a decoder-only language model of a shape we can run layer by layer.
+        ModelError: the model is not a decoder-only language model of a shape we can run layer by
+            layer.
     """
     config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
@@ -221,7 +227,7 @@ def _owner(model: nn.Module, path: str) -> nn.Module:
 
 
 def _shallow_copy(module: Any) -> Any:
-    """Copy a module without its parameters, so that its children can be swapped without touching the original."""
+    """Copy a module without its parameters; its children can be swapped, the original stays."""
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
     return copied
@@ -236,14 +242,14 @@ def _enter(decoder: nn.Module, attribute: str, input_ids: Tensor) -> LayerInputs
     skeleton(input_ids=input_ids, use_cache=False)
     if len(calls) != len(layers):
         raise ModelError(
-            f"the model must run each of its {len(layers)} decoder layers once, but ran {len(calls)}; "
-            "PolyLens does not support this architecture"
+            f"the model must run each of its {len(layers)} decoder layers once, but ran "
+            f"{len(calls)}; PolyLens does not support this architecture"
         )
     return LayerInputs(calls[0][0], tuple(call for _, call in calls))
 
 
 def _find_final_norm(decoder: nn.Module, attribute: str, device: torch.device) -> nn.Module:
-    """Return the last child that runs after the layers; learnt by watching one forward of two tokens."""
+    """Return the last child to run after the layers; learnt by watching a tiny forward."""
     order: list[nn.Module] = []
     layers: Sequence[nn.Module] = decoder._modules[attribute]  # type: ignore[assignment]
     hooks = [

@@ -96,8 +96,8 @@ def verdict(evaluation: Evaluation) -> str:
         fidelity = evaluation.fidelity[language]
         name = language_name(language)
         parts.append(
-            f"{name} questions answered in {name}: {fidelity.before.passed} → {fidelity.after.passed} "
-            f"of {fidelity.after.n}"
+            f"{name} questions answered in {name}: {fidelity.before.passed} → "
+            f"{fidelity.after.passed} of {fidelity.after.n}"
         )
     return "; ".join(parts) + "."
 
@@ -119,7 +119,7 @@ def _figure(figure: go.Figure, name: str) -> Markup:
         div_id=f"figure-{name}",
         config={"displaylogo": False, "responsive": True, "displayModeBar": False},
     )
-    return Markup(html)  # noqa: S704 - made by plotly, which escapes names and titles
+    return Markup(html)
 
 
 def _render(**values: Any) -> str:
@@ -127,7 +127,7 @@ def _render(**values: Any) -> str:
     environment.filters["language"] = language_name
     template = resources.files("polylens.report").joinpath("template.html")
     return environment.from_string(template.read_text(encoding="utf-8")).render(
-        plotly=Markup(get_plotlyjs()),  # noqa: S704 - plotly's own script
+        plotly=Markup(get_plotlyjs()),
         colours=language_colours(values["subspaces"].languages, values["subspaces"].central),
         **values,
     )

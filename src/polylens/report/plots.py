@@ -12,7 +12,7 @@ from polylens.languages import language_name
 from polylens.report.projection import Plane, agnostic_plane, specific_plane
 from polylens.subspaces import Subspaces
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; grey is the central language's.
+# Okabe and Ito's palette, safe for colour-blind readers; grey is the central language's.
 _CENTRAL = "#767676"
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7A5195")
 _LINE = "rgba(128,128,128,0.25)"
@@ -69,7 +69,7 @@ def loss_curves(log: Sequence[Mapping[str, float]]) -> go.Figure:
 
 
 def probe_figure(subspaces: Subspaces) -> go.Figure:
-    """Draw, by layer: distances to the central language in both subspaces, separability, singular values."""
+    """Draw, by layer: distances to the central language, separability, singular values."""
     figure = make_subplots(
         rows=2,
         cols=2,
@@ -130,7 +130,7 @@ def probe_figure(subspaces: Subspaces) -> go.Figure:
 def subspace_map(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], subspaces: Subspaces, layer: int
 ) -> go.Figure:
-    """Draw held-out prompts in both subspaces; arrows lead from each language's mean before to after.
+    """Draw held-out prompts in both subspaces; arrows lead from each mean before to after.
 
     Args:
         before: language → (n, hidden_size), states of the untouched model.

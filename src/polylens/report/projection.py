@@ -62,7 +62,6 @@ def agnostic_plane(states: Mapping[str, Tensor], subspaces: Subspaces, layer: in
 
 def _principal(states: Tensor, n_axes: int) -> Tensor:
     """Principal axes (n_axes, hidden_size); the entry of largest magnitude in each is positive."""
-    _, _, axes = torch.linalg.svd(states - states.mean(0), full_matrices=False)
-    axes = axes[:n_axes]
+    axes: Tensor = torch.linalg.svd(states - states.mean(0), full_matrices=False).Vh[:n_axes]
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     return axes * largest.sign()
