@@ -7,7 +7,7 @@ state; here every set of languages has an identifier of its own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from polylens.errors import LanguageError
@@ -44,10 +44,6 @@ class LanguageDetector:
             return None
         label, _ = _limited(tuple(sorted(self._by_primary))).classify(text)
         return self._by_primary[_MERGED.get(label, label)]
-
-    def detect_many(self, texts: Sequence[str]) -> list[str | None]:
-        """Return the language of each text."""
-        return [self.detect(text) for text in texts]
 
 
 @functools.cache

@@ -76,16 +76,6 @@ class TrainingError(PolyLensError, ArithmeticError):
     """Training diverged or met a value that is not finite; the last good state is kept."""
 
 
-class GateError(PolyLensError):
-    """The enhanced model fails the gate that protects the central language."""
-
-    exit_code = 3
-
-
-class PolyLensWarning(UserWarning):
-    """Something lawful but doubtful."""
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `", did you mean 'x'?"` for the known name closest to `name`, or an empty string.
 

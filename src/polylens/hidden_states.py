@@ -11,7 +11,6 @@ Floor: 2 · parameters of the layers run · real tokens floating-point operation
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -196,19 +195,6 @@ def gather(tokens: Tensor, offsets: Sequence[int], rows: Sequence[int]) -> tuple
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         padded[i, :length] = tokens[offsets[row] : offsets[row + 1]]
     return padded, torch.tensor(lengths, dtype=torch.int64)
-
-
-def select(states: HiddenStates, rows: Sequence[int]) -> HiddenStates:
-    """Return the states of some prompts, in the order given."""
-    offsets = states.offsets
-    index = torch.cat([torch.arange(offsets[row], offsets[row + 1]) for row in rows])
-    return dataclasses.replace(
-        states,
-        lengths=states.lengths[list(rows)],
-        pooled=None if states.pooled is None else states.pooled[list(rows)],
-        boundary=None if states.boundary is None else states.boundary[index],
-        final=None if states.final is None else states.final[index],
-    )
 
 
 def _tokens(n_tokens: int, hidden_size: int, dtype: torch.dtype, wanted: bool) -> Tensor | None:

@@ -8,7 +8,7 @@ last token, which the method reads, stays that of the generation prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +151,3 @@ def require_usable(prompts: Prompts, what: str, max_tokens: int) -> Prompts:
             f"in {max_tokens} tokens; raise max_tokens or use shorter texts"
         )
     return prompts
-
-
-def join(parts: Sequence[Prompts]) -> Prompts:
-    """Put several lots of prompts behind one another; `kept` is left as it is within each lot."""
-    return replace(
-        parts[0],
-        ids=tuple(ids for part in parts for ids in part.ids),
-        kept=tuple(index for part in parts for index in part.kept),
-        n_truncated=sum(part.n_truncated for part in parts),
-    )

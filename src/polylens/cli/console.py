@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -18,7 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-out = Console()
+# A file or a pipe has no width: tables there are as wide as they need, up to this.
+_FILE_COLUMNS = 140
+
+out = Console(width=None if sys.stdout.isatty() else _FILE_COLUMNS)
 err = Console(stderr=True)
 
 # Without a terminal, a line of progress this often; a log should show life, not fill up.
@@ -118,13 +120,3 @@ def set_up_logging(verbose: int) -> None:
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-
-
-@contextlib.contextmanager
-def no_traceback_on_interrupt(hint: str) -> Iterator[None]:
-    """End with one line and exit code 130 when the user presses Ctrl-C."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        err.print(f"Interrupted. {hint}", highlight=False)
-        sys.exit(130)

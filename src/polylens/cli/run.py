@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from polylens import hub
 from polylens.cli import options
 from polylens.cli.console import ProgressBars, duration, err, out, print_json, size, table
-from polylens.config import Runtime, load_config
+from polylens.config import load_config
 from polylens.evaluation import Evaluation
 from polylens.languages import language_name
 from polylens.run import STAGES, RunResult
@@ -25,18 +26,6 @@ _TITLES = {
     "model": "Saving the model",
     "report": "Writing the report",
 }
-
-_EPILOG = """
-**Examples**
-
-    polylens enhance --languages sw,bn --out runs/first
-
-    polylens enhance --model my/folder --languages Swahili --train-data prompts.jsonl --out runs/sw
-
-    polylens enhance examples/laptop.yaml train.epochs=3 --out runs/laptop
-
-Run the same command again to go on after an interruption.
-"""
 
 
 def enhance(
@@ -65,10 +54,27 @@ def enhance(
     token_budget: options.TokenBudget = 1024,
     offline: options.Offline = False,
     trust_remote_code: options.TrustRemoteCode = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER/NAME", help="Upload the model when it is done.", show_default=False
+        ),
+    ] = None,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Make a model better in some languages: probe, train, save, prove, report."""
+    """Make a model better in some languages: probe, train, save, prove, report.
+
+    Run the same command again to go on after an interruption.
+
+    **Examples**
+
+        polylens enhance --languages sw,bn --out runs/first
+
+        polylens enhance -m my/folder -l Swahili --train-data prompts.jsonl --out runs/sw
+
+        polylens enhance examples/laptop.yaml train.epochs=3 --out runs/laptop
+    """
     path, overrides = options.split_arguments(arguments)
     flags: dict[str, Any] = {
         "model": model,
@@ -85,6 +91,8 @@ def enhance(
     overrides.update({key: value for key, value in flags.items() if value is not None})
     config = load_config(path, overrides)
     runtime = options.make_runtime(device, dtype, token_budget, offline, trust_remote_code)
+    if push_to_hub is not None:
+        hub.check_target(push_to_hub)
     started = time.monotonic()
 
     def announce(stage: str) -> None:
@@ -104,11 +112,14 @@ def enhance(
             progress=progress,
             on_stage=announce,
         )
+    address = hub.push_model(result.folder.model, push_to_hub) if push_to_hub else None
     if as_json:
         print_json({"out": str(out_folder), **result.evaluation.to_dict()})
         return
     print_evaluation(result.evaluation)
-    _print_end(result, runtime, time.monotonic() - started)
+    _print_end(result, time.monotonic() - started)
+    if address is not None:
+        out.print(f"  pushed   {address}", highlight=False, soft_wrap=True)
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
@@ -133,7 +144,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     )
 
 
-def _print_end(result: RunResult, runtime: Runtime, seconds: float) -> None:
+def _print_end(result: RunResult, seconds: float) -> None:
     folder = result.folder
     entries = folder.journal.entries()
     if not result.done:
