@@ -314,10 +314,14 @@ def _means(prompts: Sequence[Tensor]) -> Tensor:
 
 
 def _rows_of_step(step: int, n_rows: int, batch_size: int, seed: int) -> list[int]:
-    """Rows of an optimizer step: each epoch visits every row once, in an order of its own."""
+    """Rows of an optimizer step: each epoch visits every row once, in an order of its own.
+
+    It is the order of accelerate's seedable sampler, so that a run of the published code, which
+    trained through transformers' Trainer, is repeated with its seed.
+    """
     steps_per_epoch = math.ceil(n_rows / batch_size)
     epoch, position = divmod(step, steps_per_epoch)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(seed + epoch)
     order = torch.randperm(n_rows, generator=generator).tolist()
     return list(order[position * batch_size : (position + 1) * batch_size])
 
