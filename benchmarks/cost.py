@@ -2,7 +2,7 @@
 
 The floor is the time that the counted floating-point operations take at the measured rate of a
 float32 matrix product of 1,024 rows. Run: python benchmarks/cost.py [MODEL]; it prints a table and
-writes benchmarks/results/cost.json.
+writes benchmarks/results/cost.json. The table in docs/performance.md is its output.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,12 +71,23 @@ def main() -> None:
     target = Path(__file__).parent / "results" / "cost.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"{name}: {prompts.n_tokens} tokens, matrix product at {rate / 1e9:.0f} GFLOP/s")
-    for part in ("trunk", "crown_epoch"):
-        print(
-            f"  {part:<12} {result[part]['seconds']:7.1f} s  {result[part]['over_floor']:.2f} x "
-            "floor"
-        )  # type: ignore[index]
+    print(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the result as it stands in docs/performance.md."""
+    lines = ["| work | seconds | times the floor |", "|-|-|-|"]
+    for part, what in (("trunk", "trunk pass"), ("crown_epoch", "one epoch of training")):
+        measured = result[part]
+        lines.append(f"| {what} | {measured['seconds']:.1f} | {measured['over_floor']:.2f} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['model']}, {result['tokens']} tokens, {result['threads']} threads, float32, "
+            f"matrix product at {result['matmul_gflops']:.0f} GFLOP/s.",
+        ]
+    )
 
 
 if __name__ == "__main__":

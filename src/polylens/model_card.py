@@ -78,8 +78,9 @@ in training, only parallel prompts.
 
 Held-out prompts: {heldout["rows"]} rows of `{heldout["name"]}`. Answers are greedy, at most
 {evaluation.max_new_tokens} tokens, and count as in the language when py3langid, limited to the
-languages of the table, says so. Bits per byte are over the held-out texts; lower is better. The
-change of states is ‖h - h°‖ / ‖h°‖ of the mean state after the final norm.
+languages of the table, says so. An answer is repeating when more than half of its 4-grams occurred
+before in it. Bits per byte are over the held-out texts; lower is better. The change of states is
+‖h - h°‖ / ‖h°‖ of the mean state after the final norm.
 
 Not measured here: benchmarks, the quality of the answers, safety, and languages outside the table.
 
@@ -114,9 +115,9 @@ Made with polylens {plan["versions"]["polylens"]}, torch {plan["versions"]["torc
 def results_table(evaluation: Evaluation) -> str:
     """Return before and after as a Markdown table, central language first."""
     lines = [
-        "| language | answers in it, before | after | bits per byte, before | after | change of "
-        "states |",
-        "|-|-|-|-|-|-|",
+        "| language | answers in it, before | after | repeating, before | after "
+        "| bits per byte, before | after | change of states |",
+        "|-|-|-|-|-|-|-|-|",
     ]
     for language in evaluation.all_languages:
         fidelity = evaluation.fidelity[language]
@@ -124,7 +125,8 @@ def results_table(evaluation: Evaluation) -> str:
         before, after = fidelity.before, fidelity.after
         lines.append(
             f"| {language_name(language)} | {before.passed} of {before.n} | {after.passed} of "
-            f"{after.n} | {bits.before:.4f} | {bits.after:.4f} "
+            f"{after.n} | {before.repeating} | {after.repeating} "
+            f"| {bits.before:.4f} | {bits.after:.4f} "
             f"| {evaluation.state_change[language].relative:.2%} |"
         )
     return "\n".join(lines)

@@ -132,6 +132,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
             [
                 f"{language_name(language)} ({language})",
                 f"{fidelity.before.passed} → {fidelity.after.passed} of {fidelity.after.n}",
+                f"{fidelity.before.repeating} → {fidelity.after.repeating}",
                 f"{bits.before:.3f} → {bits.after:.3f}",
                 f"{change.relative:.2%}",
                 f"{change.kl_bits:.3f}",
@@ -139,7 +140,14 @@ def print_evaluation(evaluation: Evaluation) -> None:
         )
     table(
         None,
-        ["language", "answers in it ↑", "bits per byte ↓", "states moved", "KL, bits"],
+        [
+            "language",
+            "answers in it ↑",
+            "repeating ↓",
+            "bits per byte ↓",
+            "states moved",
+            "KL, bits",
+        ],
         rows,
     )
 
