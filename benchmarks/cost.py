@@ -55,7 +55,7 @@ def main() -> None:
     subspaces = probe_subspaces(pooled, central="en")
     started = time.monotonic()
     parallel = ParallelStates(states, prompts.rows, "en")
-    train_crown(structure, subspaces, parallel, TrainSettings(), token_budget=1024)
+    train_crown(structure, subspaces, parallel, TrainSettings(epochs=1), token_budget=1024)
     crown_seconds = time.monotonic() - started
     crown_floor = 3 * 2 * n_layer * 2 * prompts.n_tokens / rate
 

@@ -38,7 +38,8 @@ def block(folder: RunFolder) -> str:
         f"{plan['model']['name']}, preset {settings['preset']}, top {train['layers']} of "
         f"{plan['model']['n_layers']} layers, {corpora['training']['rows']} rows of "
         f"`{corpora['training']['name']}`, learning rate {train['learning_rate']:g}, "
-        f"{train['epochs']} epochs, seed {settings['seed']}; evaluated on "
+        f"{train['epochs']} epoch{'s' if train['epochs'] > 1 else ''}, seed {settings['seed']}; "
+        "evaluated on "
         f"{corpora['heldout']['rows']} held-out rows of `{corpora['heldout']['name']}`, greedy "
         f"answers of at most {evaluation.max_new_tokens} tokens; {duration(seconds)} and "
         f"{size(peak)} on two CPU cores, torch {versions['torch']}, transformers "
@@ -51,11 +52,11 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     for argument in sys.argv[1:]:
         name, _, folder = argument.partition("=")
-        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
             raise SystemExit(f"README.md must hold <!-- {name} --> and <!-- end -->; add them")
         filled = block(RunFolder(Path(folder)))
-        text = pattern.sub(lambda match, new=filled: match[1] + new + match[2], text)
+        text = pattern.sub(lambda match, new=filled: match[1] + new + "\n" + match[2], text)
     README.write_text(text, encoding="utf-8")
 
 

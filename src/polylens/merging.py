@@ -82,7 +82,7 @@ def choose_dtype(
 def save_model(
     model: LanguageModel,
     delta: CrownDelta,
-    folder: Path,
+    folder: str | Path,
     *,
     strength: float = 1.0,
     dtype: torch.dtype | None = None,
@@ -102,7 +102,7 @@ def save_model(
         StorageError: the disk is full or the folder cannot be written.
     """
     dtype = dtype or choose_dtype(model, delta, "auto", strength)
-    with writing(folder) as temporary, delta.applied(model.structure, strength, dtype):
+    with writing(Path(folder)) as temporary, delta.applied(model.structure, strength, dtype):
         weights = {
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in model.causal_lm.state_dict().items()
