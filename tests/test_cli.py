@@ -242,6 +242,19 @@ def test_an_unreadable_cache(
     assert "must be a folder, but a file of that name is in the way" in " ".join(err.split())
 
 
+def test_ctrl_c_ends_in_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("polylens.cli.run.enhance_run", interrupted)
+    code, out, err = run("enhance", "--languages", "sw")
+    assert code == 130
+    assert out == ""
+    assert err.splitlines() == [
+        "Interrupted. What was finished is kept; run the same command to go on."
+    ]
+
+
 def test_help_of_every_command_has_examples(run: Any) -> None:
     for command in ("enhance", "probe", "train", "evaluate", "report", "data", "doctor", "models"):
         code, out, _ = run(command, "--help")

@@ -16,6 +16,7 @@ from polylens.corpora.readers import STARTER
 from polylens.detection import LanguageDetector
 from polylens.errors import ConfigError, CorpusError
 from polylens.evaluation import Heldout
+from polylens.evaluation.likelihood import LOGIT_ROWS
 from polylens.models.loading import choose_device, load_tokenizer
 from polylens.models.source import ModelFacts, ModelSource, describe, resolve
 from polylens.progress import Progress, silent
@@ -23,6 +24,9 @@ from polylens.prompts import PromptFormat, Prompts, choose_format
 from polylens.steps import ParallelPrompts, encode_parallel, encode_texts
 from polylens.subspaces import check_layers, check_rank
 from polylens.training import state_layer, trained_layers
+
+# What torch, transformers and a tokenizer take before any weight is loaded, as measured on Linux.
+_LIBRARIES_BYTES = 600_000_000
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Cost:
         training_bytes: crown, gradients and two AdamW moments, float32.
         states_bytes: states kept, in memory and in the cache.
         output_bytes: the merged model, in its stored dtype.
+        working_bytes: the libraries, and the logits behind bits per byte with their log-softmax.
     """
 
     trunk_flops: float
@@ -45,11 +50,12 @@ class Cost:
     training_bytes: int
     states_bytes: int
     output_bytes: int
+    working_bytes: int
 
     @property
     def memory_bytes(self) -> int:
-        """Peak memory: the stages hold the weights, and either states and crown or nothing more."""
-        return self.weights_bytes + self.training_bytes + self.states_bytes
+        """Peak memory: all of it at once, though not every stage holds every part."""
+        return self.weights_bytes + self.training_bytes + self.states_bytes + self.working_bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -186,6 +192,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
             states_bytes=weight_bytes * facts.hidden_size * 2 * training.n_tokens
             + 4 * facts.hidden_size * (facts.n_layers + 1) * n_texts,
             output_bytes=facts.n_bytes,
+            working_bytes=_LIBRARIES_BYTES + 2 * 4 * LOGIT_ROWS * facts.vocab_size,
         ),
     )
 

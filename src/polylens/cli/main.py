@@ -32,6 +32,7 @@ app.command("data")(data.data)
 app.command("doctor")(doctor.doctor)
 
 _state = {"debug": False}
+_INTERRUPTED = 130
 
 
 def _version(value: bool) -> None:
@@ -63,6 +64,7 @@ def main() -> None:
             traceback.print_exc()
         err.print("[red]Error:[/red]", str(error), highlight=False, markup=True, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err.print("Interrupted. The same command goes on where it was.", highlight=False)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # typer has turned Ctrl-C into it, and says nothing
+            err.print("Interrupted. What was finished is kept; run the same command to go on.")
+        raise

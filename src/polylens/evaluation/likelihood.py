@@ -21,7 +21,7 @@ from polylens.hidden_states import pad_right
 from polylens.models.structure import DecoderStructure
 
 # One shape for all calls of the head: new shapes made it five times slower (docs/performance.md).
-_ROWS = 512
+LOGIT_ROWS = 512
 
 StateBatch = tuple[Sequence[int], Tensor, Tensor]
 
@@ -86,7 +86,7 @@ def score_bits(
     """
     bits = torch.zeros(len(prompts), dtype=torch.float64)
     for states, tokens, texts in _chunks(batches, prompts):
-        padded = functional.pad(states, (0, 0, 0, _ROWS - len(states)))
+        padded = functional.pad(states, (0, 0, 0, LOGIT_ROWS - len(states)))
         logits = structure.logits(structure.final_norm(padded)[None])[0, : len(states)]
         wanted = tokens.to(logits.device)
         nats = functional.cross_entropy(logits.float(), wanted, reduction="none")  # (rows,)
@@ -99,7 +99,7 @@ def _chunks(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield (rows, hidden_size) states, (rows,) tokens that follow them, (rows,) their texts.
 
-    Every chunk has `_ROWS` rows, whatever the batches; the last one may have fewer.
+    Every chunk has `LOGIT_ROWS` rows, whatever the batches; the last one may have fewer.
     """
     waiting: list[Tensor] = []
     for indices, output, lengths in batches:
@@ -109,10 +109,10 @@ def _chunks(
         texts = torch.tensor(list(indices))[:, None].expand_as(scored)
         parts = [output[scored.to(output.device)], following[scored], texts[scored]]
         waiting = [torch.cat(p) for p in zip(waiting, parts, strict=True)] if waiting else parts
-        while len(waiting[0]) >= _ROWS:
-            states, tokens, owners = (part[:_ROWS] for part in waiting)
+        while len(waiting[0]) >= LOGIT_ROWS:
+            states, tokens, owners = (part[:LOGIT_ROWS] for part in waiting)
             yield states, tokens, owners
-            waiting = [part[_ROWS:] for part in waiting]
+            waiting = [part[LOGIT_ROWS:] for part in waiting]
     if waiting and len(waiting[0]):
         states, tokens, owners = waiting
         yield states, tokens, owners
