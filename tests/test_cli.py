@@ -192,6 +192,23 @@ def test_probe_then_train(run: Any, tiny_folder: Path) -> None:
     assert Path("d.safetensors").exists()
 
 
+def test_a_faulty_probe_stops_before_the_trunk_pass(
+    run: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the trunk ran")
+
+    monkeypatch.setattr("polylens.steps.collect_hidden_states", never)
+    monkeypatch.setattr("polylens.states_cache.collect_hidden_states", never)
+    for arguments, message in (
+        (["--languages", "en"], "at least 2 languages, got 1"),
+        (["--languages", "en,sw", "--rank", "2"], "rank must be between 1 and 1"),
+    ):
+        code, _, err = run("probe", "--model", tiny_folder, *arguments)
+        assert code == 2
+        assert message in " ".join(err.split())
+
+
 def test_data(run: Any, tiny_folder: Path) -> None:
     code, out, err = run("data", "--model", tiny_folder, "--json")
     assert code == 0, err

@@ -22,7 +22,7 @@ from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
 from polylens.prompts import PromptFormat, Prompts, choose_format, require_usable
 from polylens.states_cache import cached_hidden_states
-from polylens.subspaces import Subspaces, probe_subspaces
+from polylens.subspaces import Subspaces, check_probe, probe_subspaces
 from polylens.training import ParallelStates, train_crown, trained_layers
 
 Collect = Callable[..., HiddenStates]
@@ -170,6 +170,8 @@ def probe_prompts(
     progress: Progress = silent,
 ) -> Subspaces:
     """Find the subspaces from prompts; see `probe`."""
+    n_entries = model.structure.n_layers + 1
+    check_probe(tuple(prompts), central, settings.rank, settings.layers, n_entries)
     ids = [one for part in prompts.values() for one in part.ids]
     states = collect(
         model, ids, Keep(pooling=settings.pooling), token_budget=token_budget, progress=progress

@@ -79,6 +79,35 @@ def decompose(means: Tensor, rank: int) -> Decomposition:
     return Decomposition(agnostic[:, 0], (basis * largest.sign()).contiguous(), s[:rank])
 
 
+def check_probe(
+    languages: Sequence[str],
+    central: str,
+    rank: int | None,
+    layers: Sequence[int] | None,
+    n_entries: int,
+) -> tuple[int, tuple[int, ...]]:
+    """Check what is to be probed, which needs no states; return rank and layers.
+
+    Args:
+        languages: the languages to probe.
+        central: the central language.
+        rank: None takes n_languages - 1.
+        layers: None takes all.
+        n_entries: n_layers + 1, the states that each text has.
+
+    Raises:
+        SubspaceError: as `probe_subspaces`.
+    """
+    if central not in languages:
+        raise SubspaceError(
+            f"the central language {central!r} must be among the probed ones, got "
+            f"{', '.join(languages)}; add texts in it or choose another central language"
+        )
+    rank = len(languages) - 1 if rank is None else rank
+    check_rank(rank, len(languages))
+    return rank, check_layers(layers, n_entries)
+
+
 def check_rank(rank: int, n_languages: int) -> None:
     """Check that a language-specific subspace can have this rank.
 
@@ -275,15 +304,8 @@ def probe_subspaces(
         SubspaceError: fewer than two languages, no central language, rank or layer out of range.
     """
     languages = tuple(pooled)
-    if central not in pooled:
-        raise SubspaceError(
-            f"the central language {central!r} must be among the probed ones, got "
-            f"{', '.join(languages)}; add texts in it or choose another central language"
-        )
-    rank = len(languages) - 1 if rank is None else rank
-    check_rank(rank, len(languages))
     n_entries = next(iter(pooled.values())).shape[1]
-    chosen = check_layers(layers, n_entries)
+    rank, chosen = check_probe(languages, central, rank, layers, n_entries)
     means = torch.stack([states[:, chosen].double().mean(0) for states in pooled.values()], 1)
     splits = [decompose(layer_means, rank) for layer_means in means]
     basis = torch.stack([split.specific_basis for split in splits])
