@@ -50,6 +50,10 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.jsonl").write_text("")
     (folder / "no-centre.jsonl").write_text('{"sw": "Habari", "zh": "你好"}\n' * 5)
     (folder / "not-parallel.jsonl").write_text('{"en": "Hello"}\n{"sw": "Habari"}\n' * 5)
+    (folder / "sparse.jsonl").write_text(
+        '{"en": "Hello", "sw": "Habari"}\n'
+        + "".join(f'{{"en": "Hello {n}", "zh": "你好{n}"}}\n' for n in range(9))
+    )
     (folder / "typo.yaml").write_text("languages: [sw]\ntrain:\n  epoch: 3\n")
     (folder / "no-weights").mkdir()
     build().config.save_pretrained(folder / "no-weights")
@@ -120,6 +124,18 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["{bad}/typo.yaml"], "unknown key train.epoch, did you mean 'epochs'?"),
         (["--languages", "sw", "epochs"], "one YAML file and settings as key=value, got 'epochs'"),
         (["--languages", "sw", "--out", "{bad}/used"], "holds other files"),
+        (
+            [
+                "--languages",
+                "sw,zh",
+                "--train-data",
+                "{bad}/sparse.jsonl",
+                "evaluate.corpus=null",
+                "evaluate.rows=2",
+            ],
+            "rows must hold each language",
+        ),
+        (["--languages", "sw", "evaluate.extra_languages=en"], "neither central nor trained"),
         (["--languages", "sw", "--device", "cuda:7"], "device must be"),
         (["--languages", "sw", "--dtype", "int4"], "dtype"),
     ],
@@ -257,6 +273,18 @@ def test_an_unreadable_cache(
     )
     assert code == 2
     assert "must be a folder, but a file of that name is in the way" in " ".join(err.split())
+
+
+def test_data_keeps_the_central_language(run: Any) -> None:
+    code, out, err = run("data", "--languages", "sw,bn", "--json")
+    assert code == 0, err
+    assert {one["language"] for one in json.loads(out)["languages"]} == {"en", "sw", "bn"}
+
+
+def test_brackets_in_an_error_are_kept(run: Any) -> None:
+    code, _, err = run("enhance", "--languages", "sw", "--model", "a[b]c[/b]")
+    assert code == 2
+    assert "a[b]c[/b]" in err
 
 
 def test_ctrl_c_ends_in_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,3 +85,24 @@ def test_a_saved_model_can_be_enhanced_again(tmp_path: Path) -> None:
     save_model(first, random_delta(first), tmp_path / "model")
     again = load_model(tmp_path / "model")
     assert again.fingerprint != first.fingerprint
+
+
+def test_a_model_that_computes_in_bfloat16_is_saved_with_the_whole_change(
+    llama: LanguageModel, tmp_path: Path
+) -> None:
+    delta = random_delta(llama, scale=1e-6)
+    exact = delta.weights(llama.structure, dtype=torch.float32)
+    narrow = wrap_model(build("llama").bfloat16(), llama.tokenizer)
+    save_model(narrow, delta, tmp_path / "out", dtype=torch.float32)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    original = build("llama").bfloat16().float().state_dict()
+    for name, change in delta.changes.items():
+        assert torch.equal(saved[name], original[name] + change)
+        assert saved[name].shape == exact[name].shape
+
+
+def test_the_fingerprint_knows_settings_that_change_the_result(llama: LanguageModel) -> None:
+    other = build("llama")
+    other.config.rms_norm_eps *= 10
+    assert wrap_model(other, llama.tokenizer).fingerprint != llama.fingerprint
+    assert wrap_model(build("llama"), llama.tokenizer).fingerprint == llama.fingerprint

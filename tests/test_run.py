@@ -118,6 +118,21 @@ def test_a_folder_of_another_run_is_refused(finished: Path, tiny_folder: Path) -
     assert contents(finished) == before
 
 
+def test_other_inputs_than_at_the_beginning_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [
+        {"en": f"Say {n}", "sw": f"Sema {n}", "zh": f"说{n}", "es": f"Di {n}"} for n in "abcdefgh"
+    ]
+    corpus = tmp_path / "rows.jsonl"
+    corpus.write_text("\n".join(map(json.dumps, rows)))
+    config = configure(tiny_folder, **{"train.corpus": str(corpus)})
+    folder = RunFolder(tmp_path / "run")
+    enhance(config, folder.path)
+    folder.delta.unlink()
+    corpus.write_text("\n".join(map(json.dumps, rows[:-1])))
+    with pytest.raises(RunError, match="must go on with the inputs that it began with"):
+        enhance(config, folder.path)
+
+
 def test_a_folder_with_other_files_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(RunError, match="holds other files"):

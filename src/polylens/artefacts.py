@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from polylens.errors import CorruptFileError, PolyLensError, StorageError
 
 # One entry holds everything: safetensors writes several in an order that differs from run to run.
 _METADATA_KEY = "polylens"
+_MACHINE = f"{uuid.getnode():x}"  # temporary names tell whose they are
 
 
 @contextlib.contextmanager
@@ -81,7 +83,8 @@ def writing(path: Path) -> Iterator[Path]:
     """
     with readable_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        prefix = f".{path.name}.{_MACHINE}-{os.getpid()}."
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=path.parent))
         inner = temporary / path.name
         try:
             yield inner
@@ -96,9 +99,21 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left behind in `folder` under temporary names."""
+    """Remove what killed processes of this machine left in `folder` under temporary names."""
     for leftover in folder.glob(".*.part"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        machine, _, pid = leftover.name.split(".")[-3].partition("-")
+        if machine == _MACHINE and not _is_alive(int(pid)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def _open_to_readers(path: Path) -> None:

@@ -129,6 +129,11 @@ class EvaluateSettings(_Settings):
         (), description="Languages to watch that are neither central nor trained."
     )
 
+    @field_validator("extra_languages", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return _split_languages(value)
+
     @field_validator("extra_languages", mode="after")
     @classmethod
     def _normalize(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -172,11 +177,7 @@ class RunConfig(_Settings):
     @field_validator("languages", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return (
-            [part.strip() for part in value.split(",") if part.strip()]
-            if isinstance(value, str)
-            else value
-        )
+        return _split_languages(value)
 
     @field_validator("languages", mode="after")
     @classmethod
@@ -195,6 +196,12 @@ class RunConfig(_Settings):
                 f"target languages must differ from the central language, got {self.central!r} as "
                 "both; leave it out of languages or choose another central language"
             )
+        for language in self.evaluate.extra_languages:
+            if language in self.all_languages:
+                raise ValueError(
+                    "evaluate.extra_languages must be neither central nor trained, got "
+                    f"{language!r}; leave it out"
+                )
         if isinstance(self.train.strength, dict):
             for language in self.train.strength:
                 if language not in self.languages:
@@ -208,6 +215,14 @@ class RunConfig(_Settings):
     def all_languages(self) -> tuple[str, ...]:
         """Central language first, then the targets."""
         return (self.central, *self.languages)
+
+
+def _split_languages(value: Any) -> Any:
+    """Take languages separated by commas; YAML reads Norwegian's "no" as false."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    parts = value if isinstance(value, list | tuple) else [value]
+    return ["no" if part is False else part for part in parts]
 
 
 class Runtime(_Settings):

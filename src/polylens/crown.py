@@ -162,12 +162,12 @@ class CrownDelta:
     def weights(
         self, structure: DecoderStructure, strength: float = 1.0, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        """Return the changed weights, in the dtype and on the device of the model.
+        """Return the changed weights, on the device of the model.
 
         Args:
             structure: the model.
             strength: the dial: 0 is the untouched model, 1 the trained one.
-            dtype: round to this dtype first, as a saved model in that dtype would be.
+            dtype: of the result; None takes the model's own.
 
         Raises:
             ModelError: the model lacks one of the weights, or it has another shape.
@@ -182,8 +182,7 @@ class CrownDelta:
                     "the delta changes, but has not; apply the delta to the model it was trained on"
                 )
             exact = weight.detach().float() + strength * change.to(weight.device)
-            rounded = exact if dtype is None else exact.to(dtype)
-            changed[name] = rounded.to(weight.dtype)
+            changed[name] = exact.to(dtype or weight.dtype)
         return changed
 
     @contextlib.contextmanager
@@ -195,14 +194,14 @@ class CrownDelta:
         Args:
             structure: the model.
             strength: the dial.
-            dtype: see `weights`.
+            dtype: round to this dtype first, as a model saved in it would be.
         """
         changed = self.weights(structure, strength, dtype)
         parameters = dict(structure.causal_lm.named_parameters())
         original = {name: parameters[name].data for name in changed}
         try:
             for name, weight in changed.items():
-                parameters[name].data = weight
+                parameters[name].data = weight.to(parameters[name].dtype)
             yield
         finally:
             for name, weight in original.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from polylens.errors import DownloadError, UsageError
@@ -51,7 +51,7 @@ def push_model(folder: Path, repo_id: str) -> str:
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message="Add a model enhanced by PolyLens"
         )
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the client's own errors and those of the network below it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DownloadError(
             f"{repo_id} must accept the model, but the Hub does not ({reason}); the model is safe "

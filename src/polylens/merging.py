@@ -102,13 +102,19 @@ def save_model(
         StorageError: the disk is full or the folder cannot be written.
     """
     dtype = dtype or choose_dtype(model, delta, "auto", strength)
-    with writing(Path(folder)) as temporary, delta.applied(model.structure, strength, dtype):
-        weights = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in model.causal_lm.state_dict().items()
-        }
+    with writing(Path(folder)) as temporary:
+        # Changed in float32 and rounded once, whatever dtype the model computes in.
+        weights = dict(delta.weights(model.structure, strength, dtype))
+        cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+        for name, tensor in model.causal_lm.state_dict().items():
+            if name not in weights:
+                if tensor.data_ptr() not in cast:
+                    cast[tensor.data_ptr()] = (
+                        tensor.to(dtype) if tensor.is_floating_point() else tensor
+                    )
+                weights[name] = cast[tensor.data_ptr()]
         model.causal_lm.save_pretrained(temporary, state_dict=weights)
-        del weights
+        del weights, cast
         model.tokenizer.save_pretrained(temporary)
         _set_dtype(temporary / "config.json", dtype)
         if card is not None:

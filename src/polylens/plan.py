@@ -116,7 +116,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
     source = resolve(
         config.model, revision=config.revision, offline=runtime.offline, progress=progress
     )
-    facts = describe(source.folder)
+    facts = describe(source.folder, trust_remote_code=runtime.trust_remote_code)
     layers = trained_layers(config.train, facts.n_layers)
     probed = check_layers(config.probe.layers, facts.n_layers + 1)
     needed = state_layer(config.train, facts.n_layers)
@@ -217,6 +217,16 @@ def _split(config: RunConfig) -> tuple[ParallelCorpus, ParallelCorpus]:
             "also a training row; give evaluate.corpus other rows"
         )
     heldout = ParallelCorpus(heldout.name, unseen)
+    for part, what, needed in (
+        (train, "training", languages),
+        (heldout, "held-out", everything),
+    ):
+        for language in needed:
+            if not any(language in row for row in part.rows):
+                raise CorpusError(
+                    f"the {what} rows must hold each language, but none of the {len(part.rows)} "
+                    f"rows of {part.name} has {language}; give more rows, or another seed"
+                )
     return train, heldout
 
 

@@ -8,6 +8,7 @@ and one that is finished is not repeated. The folder is described in docs/runs.m
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -123,6 +124,17 @@ class RunFolder:
         return self.path / "report.html"
 
 
+def _check_inputs(folder: RunFolder, record: Mapping[str, Any]) -> None:
+    """Refuse to go on with other inputs than those that the finished stages read."""
+    before, now = read_json(folder.plan), json.loads(json.dumps(record))
+    for part in ("model", "template", "corpora"):
+        if before[part] != now[part]:
+            raise RunError(
+                f"a run must go on with the inputs that it began with, but {part} in "
+                f"{folder.plan} differs from what is there now; restore it or choose another --out"
+            )
+
+
 @dataclass(frozen=True)
 class RunResult:
     """What a run left.
@@ -176,8 +188,10 @@ def enhance(
     if not folder.resolved.exists():
         write_text(folder.given, given or dump_yaml(config))
         write_text(folder.resolved, dump_yaml(config))
+    record = run.record()
     if not folder.plan.exists():
-        write_json(folder.plan, run.record())
+        write_json(folder.plan, record)
+    _check_inputs(folder, record)
     done = []
     for stage in STAGES:
         if run.is_finished(stage):

@@ -193,6 +193,8 @@ def schedule(step: int, n_steps: int, warmup_ratio: float) -> float:
     A function of the step alone, so that a resumed training needs no state for it. The published
     runs used transformers' schedule of the same form, which starts at 0.
     """
+    if n_steps == 1:
+        return 1.0  # a warm-up from 0 would leave nothing
     n_warmup = math.ceil(warmup_ratio * n_steps)
     if step < n_warmup:
         return step / n_warmup

@@ -151,6 +151,32 @@ def test_files_that_are_no_corpus(tmp_path: Path, content: str, name: str, messa
         read_parallel(path)
 
 
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{"input_en": "a", "output_en": "b", "input_sw": "c", "output_sw": "d"}], ["a", "c"]),
+        ([{"en": "a", "sw": "c", "question_id": "q1", "id": "x_1", "url": "u"}], ["a", "c"]),
+    ],
+)
+def test_answers_and_names_of_rows_are_not_taken_for_prompts(
+    tmp_path: Path, rows: list[dict[str, object]], expected: list[str]
+) -> None:
+    (tmp_path / "x.jsonl").write_text(jsonl(rows))
+    (row,) = read_parallel(tmp_path / "x.jsonl").rows
+    assert [row["en"], row["sw"]] == expected
+    assert len(row) == 2
+
+
+def test_encodings(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl([{"en": "a", "sw": "b"}]).encode())
+    assert read_parallel(tmp_path / "x.jsonl").rows[0]["en"] == "a"
+    (tmp_path / "en.txt").write_text("one\u2028line\nsecond\n", encoding="utf-8")
+    assert len(read_texts(tmp_path / "en.txt").texts["en"]) == 2
+    (tmp_path / "sw.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(CorpusError, match="must be text in UTF-8"):
+        read_texts(tmp_path / "sw.txt")
+
+
 def test_files_of_different_length_are_not_parallel(tmp_path: Path) -> None:
     (tmp_path / "en.txt").write_text("a\nb\nc")
     (tmp_path / "sw.txt").write_text("a\nb")

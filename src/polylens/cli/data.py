@@ -46,7 +46,9 @@ def data(
     """
     if kind not in ("parallel", "texts"):
         raise CorpusError(f"kind must be 'parallel' or 'texts', got {kind!r}; choose one of those")
-    wanted = normalize_languages(languages.split(",")) if languages else None
+    centre = normalize_language(central or "en")
+    targets = normalize_languages(languages.split(",")) if languages else ()
+    wanted = tuple(dict.fromkeys((centre, *targets))) if targets else None
     found = read_parallel(corpus, wanted) if kind == "parallel" else read_texts(corpus, wanted)
     tokenizer = prompt_format = None
     if model is not None:
@@ -54,7 +56,7 @@ def data(
         prompt_format = choose_format(tokenizer, template or "auto")
     report = inspect_corpus(
         found,
-        central=normalize_language(central or "en"),
+        central=centre,
         tokenizer=tokenizer,
         prompt_format=prompt_format,
         max_tokens=max_tokens,

@@ -7,6 +7,7 @@ import traceback
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from polylens.cli import data, doctor, evaluate, models, probe, report, run, train
 from polylens.cli.console import err, set_up_logging
@@ -62,7 +63,7 @@ def main() -> None:
     except PolyLensError as error:
         if _state["debug"]:
             traceback.print_exc()
-        err.print("[red]Error:[/red]", str(error), highlight=False, markup=True, soft_wrap=True)
+        err.print("[red]Error:[/red]", escape(str(error)), highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # typer has turned Ctrl-C into it, and says nothing

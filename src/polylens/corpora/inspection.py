@@ -101,7 +101,7 @@ def inspect_corpus(
         own = [text for _, text in present]
         base = columns.get(central, [])
         same = 0
-        if isinstance(corpus, ParallelCorpus) and language != central:
+        if isinstance(corpus, ParallelCorpus) and base and language != central:
             same = sum(base[row] == text for row, text in present)
         foreign = []
         if language in known:

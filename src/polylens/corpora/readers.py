@@ -124,7 +124,7 @@ def _read(spec: str | Path) -> dict[str, list[Row]]:
 def _read_file(path: Path) -> list[Row]:
     if path.suffix == ".txt":
         # Blank lines stay, so that the lines of parallel files keep their partners.
-        rows: list[Row] = [{"text": line} for line in path.read_text(encoding="utf-8").splitlines()]
+        rows: list[Row] = [{"text": line} for line in _read_lines(path)]
     elif path.suffix == ".jsonl":
         rows = _read_jsonl(path)
     elif path.suffix == ".json":
@@ -143,9 +143,18 @@ def _read_file(path: Path) -> list[Row]:
     return rows
 
 
+def _read_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 file; not `splitlines`, since a text may hold U+2028 and other breaks."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path} must be text in UTF-8, but is not; convert it") from error
+    return lines[:-1] if lines[-1] == "" else lines
+
+
 def _read_jsonl(path: Path) -> list[Row]:
     rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(_read_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -262,12 +271,19 @@ def _columns(rows: Sequence[Row]) -> dict[str, str]:
         code = name if _is_code(name) else re.split(r"[_.]", name, maxsplit=1)[-1]
         if _is_code(code):
             found[name] = normalize_language(code)
-    # "id" alone is a row number far more often than Indonesian.
-    if "id" in found and all(
-        isinstance(row.get("id"), int) or str(row.get("id", "")).isdigit() for row in rows
-    ):
+    # "id" and "url" name a row or its source far more often than they mean Indonesian or Urali.
+    for name in list(found):
+        if name.endswith("_id") or name == "url" or (name == "id" and len(found) < 2):
+            del found[name]
+    if "id" in found and not all(" " in str(row.get("id", "")) for row in rows[:100]):
         del found["id"]
+    if len(set(found.values())) < len(found):  # input_en and output_en: the prompts are meant
+        found = {name: language for name, language in found.items() if not _is_answer(name)}
     return found if len(set(found.values())) > 1 or "text" not in names else {}
+
+
+def _is_answer(name: str) -> bool:
+    return re.split(r"[_.]", name)[0] in ("output", "answer", "response", "target", "completion")
 
 
 def _is_code(name: str) -> bool:

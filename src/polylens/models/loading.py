@@ -8,6 +8,7 @@ takes.
 from __future__ import annotations
 
 import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from polylens.artefacts import tensor_digest
 from polylens.errors import ModelError
@@ -24,6 +25,12 @@ from polylens.models.structure import DecoderStructure, find_structure
 from polylens.progress import Progress
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+# How a model is run, stored or named, rather than what it computes.
+_INERT_SETTINGS = frozenset(
+    ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "name_or_path")
+)
 
 
 @dataclass(eq=False)
@@ -178,4 +185,14 @@ def _fingerprint(model: PreTrainedModel) -> str:
 
     with ThreadPoolExecutor(max_workers=min(4, torch.get_num_threads())) as pool:
         parts = list(pool.map(digest, named))
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+    return hashlib.sha256(b"".join(parts) + _behaviour(model.config).encode()).hexdigest()
+
+
+def _behaviour(config: PretrainedConfig) -> str:
+    """The settings that may change what the weights compute (a rope's base, a window, …)."""
+    settings = {
+        key: value
+        for key, value in config.to_dict().items()
+        if not key.startswith("_") and key not in _INERT_SETTINGS
+    }
+    return json.dumps(settings, sort_keys=True, default=str)

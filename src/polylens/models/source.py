@@ -163,7 +163,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def describe(folder: Path) -> ModelFacts:
+def describe(folder: Path, *, trust_remote_code: bool = False) -> ModelFacts:
     """Read a model's sizes from its config and safetensors headers.
 
     Raises:
@@ -171,7 +171,9 @@ def describe(folder: Path) -> ModelFacts:
     """
     check_folder(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
