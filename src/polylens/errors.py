@@ -3,7 +3,7 @@
 All derive from `PolyLensError`; each also derives from the built-in a caller would expect to catch.
 A message is one sentence that says what must hold, what was given and what to do next. The command
 line prints it in one line and exits with `exit_code`: 2 for wrong usage or input, 1 for a failure
-on the way, 3 for a failed gate.
+on the way.
 """
 
 from __future__ import annotations

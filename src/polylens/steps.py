@@ -282,13 +282,16 @@ def train_prompts(
         checkpoint=checkpoint,
         progress=progress,
     )
+    trained = {language for row in prompts.rows for language in row}
     return CrownDelta(
         result.changes,
         {
             "fingerprint": model.fingerprint,
             "model": model.name,
             "central": subspaces.central,
-            "languages": [k for k in subspaces.languages if k != subspaces.central],
+            "languages": [
+                k for k in subspaces.languages if k != subspaces.central and k in trained
+            ],
             "layers": layers,
             "n_rows": len(prompts.rows),
             "seed": seed,
