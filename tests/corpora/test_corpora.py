@@ -172,7 +172,7 @@ def test_encodings(tmp_path: Path) -> None:
     assert read_parallel(tmp_path / "x.jsonl").rows[0]["en"] == "a"
     (tmp_path / "en.txt").write_text("one\u2028line\nsecond\n", encoding="utf-8")
     assert len(read_texts(tmp_path / "en.txt").texts["en"]) == 2
-    (tmp_path / "sw.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "sw.txt").write_bytes("\xe9t\xe9".encode("latin-1"))
     with pytest.raises(CorpusError, match="must be text in UTF-8"):
         read_texts(tmp_path / "sw.txt")
 
