@@ -42,7 +42,7 @@ def main() -> None:
 
     collect_hidden_states(structure, prompts.ids[:8], Keep(final=True))  # warm up
     started = time.monotonic()
-    keep = Keep(pooling="last", boundary_layer=structure.n_layers - 2, final=True)
+    keep = Keep(pooling="last", boundary_layers=(structure.n_layers - 2,), final=True)
     states = collect_hidden_states(structure, prompts.ids, keep)
     trunk_seconds = time.monotonic() - started
     trunk_floor = 2 * n_layer * structure.n_layers * prompts.n_tokens / rate

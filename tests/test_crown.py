@@ -12,6 +12,7 @@ from polylens.crown import Crown, CrownDelta
 from polylens.errors import CorruptFileError, ModelError, UsageError
 from polylens.hidden_states import Keep, collect_hidden_states, gather
 from polylens.models.loading import LanguageModel, wrap_model
+from polylens.models.structure import Calls
 from tiny import N_LAYERS, build, tiny_tokenizer
 
 IDS = torch.arange(5, 17)[None]
@@ -56,12 +57,14 @@ def test_a_delta_changes_the_model_and_leaves_it_bit_identical(tiny_model: Langu
 def test_a_fresh_crown_runs_as_the_model_does(tiny_model: LanguageModel) -> None:
     crown = Crown(tiny_model.structure, (2, 3))
     states = collect_hidden_states(
-        tiny_model.structure, IDS.tolist(), Keep(boundary_layer=2, final=True)
+        tiny_model.structure, IDS.tolist(), Keep(boundary_layers=(2,), final=True)
     )
-    assert states.boundary is not None
-    boundary, _ = gather(states.boundary, states.offsets, [0])
-    torch.testing.assert_close(crown(boundary)[0].detach(), states.final)
-    assert not any(change.any() for change in crown.changes().values())
+    boundary, lengths = gather(states.boundary[2], states.offsets, [0])
+    calls = Calls(tiny_model.structure)
+    torch.testing.assert_close(crown(calls, boundary)[0].detach(), states.final)
+    last = crown(calls, boundary, last=lengths - 1)
+    torch.testing.assert_close(last[0].detach(), states.final[-1])
+    assert not any(change.any() for change in crown.into_changes().values())
 
 
 def test_a_delta_survives_saving(llama: LanguageModel, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from polylens.config import PRESETS, TrainSettings
-from polylens.hidden_states import TOKEN_BUDGET, Keep, collect_hidden_states
+from polylens.hidden_states import Keep, collect_hidden_states
 from polylens.models import load_model
 from polylens.prompts import PromptFormat
 from polylens.subspaces import Subspaces, decompose
@@ -77,7 +77,7 @@ def paper_run() -> TrainingResult:
         rows.append({language: len(ids) + index for index, language in enumerate(TRAINED)})
         ids += [list(prompt[:MAX_TOKENS]) for prompt in whole.ids]
     structure = model.structure
-    keep = Keep(boundary_layer=structure.n_layers - 2, final=True)
+    keep = Keep(boundary_layers=(structure.n_layers - 2,), final=True)
     states = collect_hidden_states(structure, ids, keep)
     settings = TrainSettings(**PRESETS["paper"]["train"])
     return train_crown(
@@ -85,7 +85,6 @@ def paper_run() -> TrainingResult:
         reference_subspaces(),
         ParallelStates(states, tuple(rows), "en"),
         settings,
-        token_budget=TOKEN_BUDGET,
         seed=42,
     )
 

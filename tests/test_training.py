@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,12 @@ def prompts() -> tuple[list[list[int]], tuple[dict[str, int], ...]]:
     return ids, tuple(rows)
 
 
-def setting(model: LanguageModel, layers: int = 2) -> tuple[Subspaces, ParallelStates]:
+def setting(
+    model: LanguageModel, layers: int = 2, prefix: Sequence[int] = ()
+) -> tuple[Subspaces, ParallelStates]:
     ids, rows = prompts()
-    keep = Keep(pooling="last", boundary_layer=N_LAYERS - layers, final=True)
+    ids = [[*prefix, *one] for one in ids]
+    keep = Keep(pooling="last", boundary_layers=(N_LAYERS - layers,), final=True)
     states = collect_hidden_states(model.structure, ids, keep)
     assert states.pooled is not None
     by_language = {
@@ -64,6 +68,34 @@ def train(model: LanguageModel, **settings: Any) -> TrainingResult:
     chosen = TrainSettings(**{**SETTINGS, **settings})
     subspaces, parallel = setting(model)
     return train_crown(model.structure, subspaces, parallel, chosen, token_budget=24)
+
+
+@pytest.mark.parametrize("position", ["last", "mean", "all"])
+def test_sharing_a_prefix_and_cutting_a_step_into_groups_change_nothing(
+    tiny_model: LanguageModel, position: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = TrainSettings(**{**SETTINGS, "position": position})
+    prefix = [7, 8, 9, 10, 11, 12]
+
+    def result() -> TrainingResult:
+        subspaces, parallel = setting(tiny_model, prefix=prefix)
+        assert parallel.states.prefix_length in (0, len(prefix))
+        return train_crown(tiny_model.structure, subspaces, parallel, settings, token_budget=24)
+
+    shared = result()
+    monkeypatch.setattr("polylens.training._MAX_GRAPH_TOKENS", 30)  # one row or two
+    in_groups = result()
+    monkeypatch.setattr("polylens.hidden_states._MIN_PREFIX", 1000)
+    apart = result()
+    for other in (in_groups, apart):
+        assert shared.log[0] == pytest.approx(other.log[0], rel=1e-4)
+        # AdamW makes as much of a gradient that is rounding alone (a key's bias) as of any other.
+        assert shared.log[-1] == pytest.approx(other.log[-1], rel=2e-2)
+        mine, theirs = (
+            torch.cat([change.flatten() for change in one.changes.values()])
+            for one in (shared, other)
+        )
+        assert (mine - theirs).norm() <= 0.05 * mine.norm()
 
 
 def test_training_lowers_the_loss_and_leaves_the_model_alone(tiny_model: LanguageModel) -> None:
@@ -261,8 +293,7 @@ def test_a_training_that_runs_away_stops_and_keeps_the_last_good_state(
 
 def test_a_loss_that_is_not_finite_stops_at_once(llama: LanguageModel) -> None:
     subspaces, parallel = setting(llama)
-    assert parallel.states.boundary is not None
-    parallel.states.boundary[:] = torch.inf
+    parallel.states.boundary[2][:] = torch.inf
     with pytest.raises(TrainingError, match="must be finite, but is nan at step 0"):
         train_crown(llama.structure, subspaces, parallel, TrainSettings(), token_budget=24)
 

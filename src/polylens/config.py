@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from polylens.errors import ConfigError, LanguageError, nearest
 from polylens.languages import normalize_language, normalize_languages
@@ -231,9 +239,20 @@ class Runtime(_Settings):
     device: str = Field("auto", description="Device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Dtype to compute in; 'auto': float32 on a CPU, the stored one elsewhere.",
+        description="Dtype to compute in; 'auto': the stored one, but float32 on a CPU that is not "
+        "faster in it.",
     )
-    token_budget: PositiveInt = Field(1024, description="Padded tokens of a batch.")
+    memory: ByteSize | None = Field(
+        None,
+        description="Memory to use, e.g. 4GB; what does not fit is streamed from, or put in, files."
+        " Default: four fifths of what is free.",
+    )
+    token_budget: PositiveInt | None = Field(
+        None, description="Padded tokens of a batch; default: what is fastest here."
+    )
+    deterministic: bool = Field(
+        False, description="Use only operations that give the same bits every time."
+    )
     offline: bool = Field(False, description="Never use the network.")
     trust_remote_code: bool = Field(False, description="Let the model's own Python code run.")
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from polylens.artefacts import load_tensors, save_tensors
 from polylens.errors import ModelError, UsageError
 from polylens.hidden_states import HiddenStates, gather, token_batches
-from polylens.models.structure import DecoderStructure
+from polylens.models.structure import Calls, DecoderStructure, run_layer_at
+from polylens.token_budget import best_token_budget
 
 
 class Crown(nn.Module):
@@ -41,27 +42,42 @@ class Crown(nn.Module):
         self.boundary_layer = min(trainable)
         self.trainable = tuple(trainable)
         own = structure.layers[self.boundary_layer :]
-        self.layers = nn.ModuleList(copy.deepcopy(layer).float() for layer in own)
+        where = structure.device
+        self.layers = nn.ModuleList(copy.deepcopy(layer).to(where).float() for layer in own)
         self.final_norm = copy.deepcopy(structure.final_norm).float()
         self.requires_grad_(False)
         for index in trainable:
             self.layers[index - self.boundary_layer].requires_grad_(True)
         self.eval()  # no dropout: the reference states have none
 
-    def forward(self, boundary: Tensor) -> Tensor:
+    def forward(
+        self, calls: Calls, boundary: Tensor, *, last: Tensor | None = None, is_prefix: bool = False
+    ) -> Tensor:
         """Run the crown.
 
         Args:
+            calls: what the layers receive beside the states.
             boundary: (batch, seq_len, hidden_size), states that enter `boundary_layer`, padded on
                 the right.
+            last: (batch,) int64; only this token's output of each row is wanted. None wants all.
+            is_prefix: these are the states of the shared prefix; must be run first.
 
         Returns:
-            (batch, seq_len, hidden_size) float32, the last layer's output before the final norm.
+            The last layer's output before the final norm, float32: (batch, seq_len, hidden_size),
+            or (batch, hidden_size) with `last`.
         """
         structure = self.structure_[0]
         narrow = structure.dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(boundary.device.type, structure.dtype, enabled=narrow):
-            output = _run(structure, self.layers, self.boundary_layer, boundary.float())
+            output = _run(
+                structure,
+                self.layers,
+                self.boundary_layer,
+                calls,
+                boundary.float(),
+                last,
+                is_prefix,
+            )
         return output.float()
 
     def named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -71,45 +87,75 @@ class Crown(nn.Module):
             for name, parameter in self.layers[index - self.boundary_layer].named_parameters():
                 yield structure.parameter_name(index, name), parameter
 
-    def changes(self) -> dict[str, Tensor]:
-        """Return the change of every weight against the model's own, float32, on the CPU."""
+    @torch.no_grad()
+    def into_changes(self) -> dict[str, Tensor]:
+        """Turn every trained weight into its change against the model's own, float32, on the CPU.
+
+        The crown is of no use afterwards: where memory is short, there is no room for both.
+        """
         original = dict(self.structure_[0].causal_lm.named_parameters())
         return {
-            name: (parameter.detach() - original[name].detach().float()).cpu()
+            name: parameter.detach().sub_(original[name].detach().to(parameter)).cpu()
             for name, parameter in self.named_trainable()
         }
 
 
 @torch.no_grad()
 def run_crown(
-    structure: DecoderStructure, states: HiddenStates, *, token_budget: int
+    structure: DecoderStructure,
+    states: HiddenStates,
+    *,
+    token_budget: int | None = None,
+    boundary_layer: int | None = None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Run the model's own top layers on kept boundary states, batch by batch.
 
     Args:
         structure: the model; its layers are used as they are now, so a delta may be applied.
         states: with boundary states.
-        token_budget: padded tokens of a batch.
+        token_budget: padded tokens of a batch; None takes what is fastest on this machine.
+        boundary_layer: where to begin; None takes the lowest layer whose input was kept.
 
     Yields:
         Indices of the prompts; (batch, seq_len, hidden_size) output of the last layer before the
         final norm, padded on the right; (batch,) lengths.
     """
-    assert states.boundary is not None
-    assert states.boundary_layer is not None
-    layers = structure.layers[states.boundary_layer :]
-    for rows in token_batches(states.lengths.tolist(), token_budget):
-        boundary, lengths = gather(states.boundary, states.offsets, rows)
+    first = min(states.boundary) if boundary_layer is None else boundary_layer
+    kept = states.boundary[first]
+    layers = structure.layers[first:]
+    calls = Calls(structure, states.prefix_length)
+    budget = token_budget or best_token_budget(structure, int(states.lengths.sum()))
+
+    def run(boundary: Tensor, is_prefix: bool = False) -> Tensor:
         boundary = boundary.to(structure.device, structure.dtype)
-        yield rows, _run(structure, layers, states.boundary_layer, boundary), lengths
+        return _run(structure, layers, first, calls, boundary, None, is_prefix)
+
+    with structure.loaded(first):
+        prefix = run(kept[None, : states.prefix_length], True) if states.prefix_length else None
+        own_lengths = (states.lengths - states.prefix_length).tolist()
+        for rows in token_batches(own_lengths, budget):
+            boundary, lengths = gather(kept, states.offsets, rows)
+            output = run(boundary)
+            if prefix is not None:
+                output = torch.cat([prefix.expand(len(rows), -1, -1), output], dim=1)
+            yield rows, output, lengths + states.prefix_length
 
 
 def _run(
-    structure: DecoderStructure, layers: nn.ModuleList, first: int, hidden_states: Tensor
+    structure: DecoderStructure,
+    layers: nn.ModuleList,
+    first: int,
+    calls: Calls,
+    hidden_states: Tensor,
+    last: Tensor | None,
+    is_prefix: bool,
 ) -> Tensor:
-    calls = structure.calls_for(*hidden_states.shape[:2])
+    known = calls.of_prefix() if is_prefix else calls.of_batch(*hidden_states.shape[:2])
     for index, layer in enumerate(layers, start=first):
-        hidden_states = calls[index](layer, hidden_states)
+        if last is not None and index == structure.n_layers - 1:
+            name = structure.attention_name
+            return run_layer_at(layer, name, known[index], hidden_states, last)
+        hidden_states = known[index](layer, hidden_states)
     return hidden_states
 
 
@@ -181,8 +227,9 @@ class CrownDelta:
                     f"the model must have the weight {name} of shape {tuple(change.shape)} that "
                     "the delta changes, but has not; apply the delta to the model it was trained on"
                 )
-            exact = weight.detach().float() + strength * change.to(weight.device)
-            changed[name] = exact.to(dtype or weight.dtype)
+            where = structure.device
+            exact = weight.detach().to(where).float() + strength * change.to(where)
+            changed[name] = exact.to(dtype or structure.dtype)
         return changed
 
     @contextlib.contextmanager
@@ -201,7 +248,7 @@ class CrownDelta:
         original = {name: parameters[name].data for name in changed}
         try:
             for name, weight in changed.items():
-                parameters[name].data = weight.to(parameters[name].dtype)
+                parameters[name].data = weight.to(structure.dtype)
             yield
         finally:
             for name, weight in original.items():

@@ -76,6 +76,10 @@ class TrainingError(PolyLensError, ArithmeticError):
     """Training diverged or met a value that is not finite; the last good state is kept."""
 
 
+class DistributedError(PolyLensError, ConnectionError):
+    """A process of a distributed run was lost, or cannot be reached."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `", did you mean 'x'?"` for the known name closest to `name`, or an empty string.
 

@@ -1,7 +1,7 @@
 """The three losses of language subspace manipulation (LSM), one unit each.
 
-Each is a mean over rows and hidden dimensions of a squared difference, that is ‖difference‖² /
-hidden_size for one row. They are summed over target languages by the caller. Names follow the
+Each returns a squared difference for every row, averaged over hidden dimensions: ‖difference‖² /
+hidden_size. The caller takes means over rows and sums over target languages. Names follow the
 paper's text: `AlignLoss` pulls a target language towards the central one in the agnostic subspace,
 `SeparateLoss` pushes it along its own direction in the specific subspace, `RetainLoss` holds the
 central language where it was. (The published code names the first two the other way round.)
@@ -31,14 +31,14 @@ class AlignLoss:
     layer: int
 
     def __call__(self, target: Tensor, central: Tensor) -> Tensor:
-        """Return the scalar loss.
+        """Return the loss of each row, (batch,).
 
         Args:
             target: (batch, hidden_size), states of the target language; the gradient flows into
                 both, as published.
             central: (batch, hidden_size), states of the same rows in the central language.
         """
-        return self.subspaces.project_agnostic(target - central, self.layer).square().mean()
+        return self.subspaces.project_agnostic(target - central, self.layer).square().mean(-1)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class SeparateLoss:
     strength: float = 1.0
 
     def __call__(self, target: Tensor, reference: Tensor) -> Tensor:
-        """Return the scalar loss.
+        """Return the loss of each row, (batch,).
 
         Args:
             target: (batch, hidden_size), states of the model in training.
@@ -66,7 +66,7 @@ class SeparateLoss:
         """
         goal = self.strength * self.subspaces.direction(self.language, self.layer).to(target)
         moved = self.subspaces.project_specific(target - reference, self.layer)
-        return (moved - goal).square().mean()
+        return (moved - goal).square().mean(-1)
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class RetainLoss:
     """‖mean(h_c) - mean(h_c°)‖² / d, means over real tokens: the central language stays."""
 
     def __call__(self, central: Tensor, reference: Tensor) -> Tensor:
-        """Return the scalar loss.
+        """Return the loss of each row, (batch,).
 
         Args:
             central: (batch, hidden_size), token means of the model in training.
             reference: (batch, hidden_size), token means of the untouched model.
         """
-        return (central - reference).square().mean()
+        return (central - reference).square().mean(-1)

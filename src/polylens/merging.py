@@ -15,6 +15,7 @@ import torch
 from polylens.artefacts import write_text, writing
 from polylens.crown import CrownDelta
 from polylens.models.loading import LanguageModel
+from polylens.models.source import describe
 
 # With less than a tenth of the change lost to rounding, the saved model is the trained one for all
 # purposes; the loss measured on SmolLM2 with the published settings is in docs/performance.md.
@@ -23,12 +24,10 @@ MAX_LOST_RATIO = 0.1
 
 def stored_dtype(model: LanguageModel) -> torch.dtype:
     """Return the dtype that the model's weights were stored in, before any widening."""
-    stored = None
-    if model.source is not None:
-        config = json.loads((model.source.folder / "config.json").read_text(encoding="utf-8"))
-        config = {**config, **config.get("text_config", {})}
-        stored = config.get("dtype") or config.get("torch_dtype")
-    return getattr(torch, stored) if stored else model.structure.dtype
+    if model.source is None:
+        return model.structure.dtype
+    stored: torch.dtype = getattr(torch, describe(model.source.folder).dtype)
+    return stored
 
 
 def lost_ratio(

@@ -16,7 +16,8 @@ from polylens.corpora.readers import STARTER
 from polylens.detection import LanguageDetector
 from polylens.errors import ConfigError, CorpusError
 from polylens.evaluation import Heldout
-from polylens.evaluation.likelihood import LOGIT_ROWS
+from polylens.execution import Execution, plan_execution
+from polylens.hidden_states import n_tokens_run
 from polylens.models.loading import choose_device, load_tokenizer
 from polylens.models.source import ModelFacts, ModelSource, describe, resolve
 from polylens.progress import Progress, silent
@@ -25,37 +26,25 @@ from polylens.steps import ParallelPrompts, encode_parallel, encode_texts
 from polylens.subspaces import check_layers, check_rank
 from polylens.training import state_layer, trained_layers
 
-# What torch, transformers and a tokenizer take before any weight is loaded, as measured on Linux.
-_LIBRARIES_BYTES = 600_000_000
-
 
 @dataclass(frozen=True)
 class Cost:
     """What a run will take, from counted operations and bytes.
 
     Attributes:
-        trunk_flops: floating-point operations of the trunk passes: 2 · layer parameters · real
-            tokens.
+        trunk_flops: floating-point operations of the trunk passes: 2 · layer parameters · tokens,
+            what prompts share counted once.
         crown_flops: of training: three times the crown's forward, each epoch.
-        weights_bytes: the model in memory.
-        training_bytes: crown, gradients and two AdamW moments, float32.
-        states_bytes: states kept, in memory and in the cache.
+        memory_bytes: peak, states included, as the run is carried out.
+        states_bytes: states kept, in the cache.
         output_bytes: the merged model, in its stored dtype.
-        working_bytes: the libraries, and the logits behind bits per byte with their log-softmax.
     """
 
     trunk_flops: float
     crown_flops: float
-    weights_bytes: int
-    training_bytes: int
+    memory_bytes: int
     states_bytes: int
     output_bytes: int
-    working_bytes: int
-
-    @property
-    def memory_bytes(self) -> int:
-        """Peak memory: all of it at once, though not every stage holds every part."""
-        return self.weights_bytes + self.training_bytes + self.states_bytes + self.working_bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -76,6 +65,7 @@ class Plan:
         training: parallel prompts.
         heldout: what the model is evaluated on.
         corpora: role → name, fingerprint and counts, for the record.
+        execution: how the model is run here.
         cost: see `Cost`.
     """
 
@@ -87,6 +77,7 @@ class Plan:
     training: ParallelPrompts
     heldout: Heldout
     corpora: Mapping[str, Mapping[str, Any]]
+    execution: Execution
     cost: Cost
 
 
@@ -147,11 +138,8 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
         config.languages,
         config.evaluate.extra_languages,
     )
-    n_layer = facts.n_layer_parameters / facts.n_layers
-    n_probing = sum(prompts.n_tokens for prompts in probing.values())
-    n_texts = sum(len(prompts.ids) for prompts in probing.values())
-    weight_bytes = 4 if runtime.dtype in ("auto", "float32") else 2
-    tokens = n_probing + training.n_tokens + heldout.prompts.n_tokens
+    n_crown_layers = facts.n_layers - min(layers)
+    execution = plan_execution(facts, runtime, n_crown_layers)
     return Plan(
         config=config,
         source=source,
@@ -180,20 +168,41 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
                 "rows": len(heldout.prompts.rows),
             },
         },
-        cost=Cost(
-            trunk_flops=2.0 * facts.n_layer_parameters * tokens,
-            crown_flops=6.0
-            * n_layer
-            * (facts.n_layers - min(layers))
-            * training.n_tokens
-            * config.train.epochs,
-            weights_bytes=weight_bytes * facts.n_parameters,
-            training_bytes=int(16 * n_layer * (facts.n_layers - min(layers))),
-            states_bytes=weight_bytes * facts.hidden_size * 2 * training.n_tokens
-            + 4 * facts.hidden_size * (facts.n_layers + 1) * n_texts,
-            output_bytes=facts.n_bytes,
-            working_bytes=_LIBRARIES_BYTES + 2 * 4 * LOGIT_ROWS * facts.vocab_size,
+        execution=execution,
+        cost=_cost(
+            facts, execution, probing, training, heldout, n_crown_layers, config.train.epochs
         ),
+    )
+
+
+def _cost(
+    facts: ModelFacts,
+    execution: Execution,
+    probing: Mapping[str, Prompts],
+    training: ParallelPrompts,
+    heldout: Heldout,
+    n_crown_layers: int,
+    epochs: int,
+) -> Cost:
+    texts = [ids for prompts in probing.values() for ids in prompts.ids]
+    own = n_tokens_run(training.ids)
+    tokens = n_tokens_run(texts, once=True) + own + n_tokens_run(heldout.prompts.ids)
+    n_layer = facts.n_layer_parameters / facts.n_layers
+    states = execution.dtype.itemsize * facts.hidden_size * 2 * own + 4 * facts.hidden_size * (
+        facts.n_layers + 1
+    ) * len(texts)
+    moments = int(8 * n_layer * n_crown_layers)
+    room = states + moments
+    if execution.streamed:
+        memory = execution.memory_bytes - execution.scratch_bytes
+    else:
+        memory = execution.needed_bytes
+    return Cost(
+        trunk_flops=2.0 * facts.n_layer_parameters * tokens,
+        crown_flops=6.0 * n_layer * n_crown_layers * own * epochs,
+        memory_bytes=memory + min(room, execution.scratch_bytes),
+        states_bytes=states,
+        output_bytes=facts.n_bytes,
     )
 
 

@@ -38,10 +38,11 @@ from polylens.evaluation import (
     summarise,
     write_answers,
 )
+from polylens.execution import load_as_planned
 from polylens.journal import Journal, versions
 from polylens.merging import choose_dtype, save_model
 from polylens.model_card import model_card
-from polylens.models.loading import LanguageModel, load_model
+from polylens.models.loading import LanguageModel
 from polylens.plan import Plan, make_plan
 from polylens.progress import Progress, silent
 from polylens.report import ReportData, render_report
@@ -269,14 +270,9 @@ class _Run:
 
     @cached_property
     def model(self) -> LanguageModel:
-        return load_model(
-            self.config.model,
-            revision=self.config.revision,
-            device=self.runtime.device,
-            dtype=self.runtime.dtype,
-            offline=self.runtime.offline,
-            trust_remote_code=self.runtime.trust_remote_code,
-            progress=self.progress,
+        plan = self.plan
+        return load_as_planned(
+            self.config.model, plan.execution, self.runtime, self.config.revision, self.progress
         )
 
     @cached_property
@@ -317,19 +313,21 @@ class _Run:
             settings=self.config.probe,
             template=self.plan.prompt_format.name,
             token_budget=self.runtime.token_budget,
+            scratch=self.plan.execution.scratch(),
             progress=self.progress,
         )
         subspaces.save(self.folder.subspaces)
         noted["tokens"] = sum(prompts.n_tokens for prompts in self.plan.probing.values())
 
     def _train(self, noted: dict[str, Any]) -> None:
-        delta = train_prompts(
+        (delta,) = train_prompts(
             self.model,
             self.subspaces,
             self.plan.training,
-            settings=self.config.train,
+            settings=[self.config.train],
             seed=self.config.seed,
             token_budget=self.runtime.token_budget,
+            scratch=self.plan.execution.scratch(),
             checkpoint=self.folder.checkpoint,
             progress=self.progress,
         )

@@ -17,18 +17,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 
+from polylens import distributed
 from polylens.artefacts import load_tensors, readable_storage_errors, remove_leftovers, save_tensors
 from polylens.cache import cache_folder
 from polylens.errors import CorruptFileError
-from polylens.hidden_states import TOKEN_BUDGET, HiddenStates, Keep, collect_hidden_states
+from polylens.hidden_states import HiddenStates, Keep, collect_hidden_states
 from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
+from polylens.scratch import Scratch
+from polylens.token_budget import best_token_budget
 
 logger = logging.getLogger(__name__)
 
 # Raise this when the same key would stand for other numbers.
-_FORMAT = 1
+_FORMAT = 2
 
 MAX_BYTES = 20 * 2**30
 
@@ -38,39 +42,76 @@ def cached_hidden_states(
     prompts: Sequence[Sequence[int]],
     keep: Keep,
     *,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
+    scratch: Scratch | None = None,
     progress: Progress = silent,
 ) -> HiddenStates:
     """Return states from the cache, or make and keep them; see `collect_hidden_states`.
 
+    They are mapped from the cache's file, so they cost no memory of their own.
+
     Raises:
         StorageError: the cache cannot be read or written.
     """
+    token_budget = token_budget or best_token_budget(
+        model.structure, sum(map(len, prompts)), scratch.budget_bytes if scratch else None
+    )
     folder = cache_folder() / "states"
     path = folder / f"{_key(model, prompts, keep, token_budget)}.safetensors"
-    with readable_storage_errors(path):
-        if path.exists():
-            try:
-                tensors, metadata = load_tensors(path)
-            except CorruptFileError:
-                logger.warning("%s is damaged and is made again", path)
-            else:
-                path.touch()  # the oldest entries go first
-                return HiddenStates(boundary_layer=metadata["boundary_layer"], **tensors)
+    states = _load(path)
+    # In a distributed run all processes must take part in making states, or none.
+    found = torch.tensor([int(states is not None)])
+    distributed.add_up([found])
+    if states is not None and int(found) == distributed.size():
+        return states
     states = collect_hidden_states(
-        model.structure, prompts, keep, token_budget=token_budget, progress=progress
+        model.structure,
+        prompts,
+        keep,
+        token_budget=token_budget,
+        scratch=scratch,
+        progress=progress,
     )
-    tensors = {
-        field.name: value
-        for field in dataclasses.fields(states)
-        if isinstance(value := getattr(states, field.name), torch.Tensor)
+    if distributed.is_first():
+        with readable_storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+        tensors = {
+            **{f"boundary.{layer}": kept for layer, kept in states.boundary.items()},
+            **{
+                name: kept
+                for name in ("lengths", "pooled", "final")
+                if (kept := getattr(states, name)) is not None
+            },
+        }
+        save_tensors(path, tensors, {"prefix_length": states.prefix_length, "model": model.name})
+        _prune(folder)
+    distributed.wait()
+    return _load(path, verified=True) or states
+
+
+def _load(path: Path, *, verified: bool = False) -> HiddenStates | None:
+    """Read an entry; None if there is none, or if it is damaged.
+
+    Args:
+        path: the entry.
+        verified: it was written a moment ago; spare the checksum.
+    """
+    with readable_storage_errors(path):
+        if not path.exists():
+            return None
+        try:
+            tensors, metadata = load_tensors(path, verify=not verified)
+        except CorruptFileError:
+            logger.warning("%s is damaged and is made again", path)
+            return None
+        path.touch()  # the oldest entries go first
+    boundary = {
+        int(name.partition(".")[2]): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith("boundary.")
     }
-    with readable_storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-    save_tensors(path, tensors, {"boundary_layer": states.boundary_layer, "model": model.name})
-    _prune(folder)
-    return states
+    return HiddenStates(prefix_length=metadata["prefix_length"], boundary=boundary, **tensors)
 
 
 def _key(
@@ -78,6 +119,8 @@ def _key(
 ) -> str:
     determined_by = [
         _FORMAT,
+        torch.__version__,
+        transformers.__version__,
         model.fingerprint,
         str(model.structure.dtype),
         model.structure.device.type,

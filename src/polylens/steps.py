@@ -7,20 +7,21 @@ together, with prompts it has made already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from polylens.config import ProbeSettings, TrainSettings
 from polylens.corpora import Corpus, ParallelCorpus
 from polylens.crown import CrownDelta
-from polylens.errors import CorpusError
-from polylens.hidden_states import TOKEN_BUDGET, HiddenStates, Keep, collect_hidden_states
+from polylens.errors import ConfigError, CorpusError
+from polylens.hidden_states import HiddenStates, Keep, collect_hidden_states
 from polylens.journal import versions
 from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
 from polylens.prompts import PromptFormat, Prompts, choose_format, require_usable
+from polylens.scratch import Scratch
 from polylens.states_cache import cached_hidden_states
 from polylens.subspaces import Subspaces, check_probe, probe_subspaces
 from polylens.training import ParallelStates, train_crown, trained_layers
@@ -123,7 +124,8 @@ def probe(
     central: str = "en",
     settings: ProbeSettings | None = None,
     template: str = "auto",
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
+    scratch: Scratch | None = None,
     progress: Progress = silent,
 ) -> Subspaces:
     """Find the language subspaces of every layer (LSP).
@@ -135,7 +137,8 @@ def probe(
         central: the language that the others are compared with.
         settings: limits and forms; its `corpus` and `texts_per_language` are not read here.
         template: "auto", "chat", "plain" or a Jinja file.
-        token_budget: padded tokens of a batch.
+        token_budget: padded tokens of a batch; None takes what is fastest on this machine.
+        scratch: room for the states; None takes memory without limit.
         progress: told the tokens done.
 
     Raises:
@@ -153,6 +156,7 @@ def probe(
         settings=settings,
         template=prompt_format.name,
         token_budget=token_budget,
+        scratch=scratch,
         collect=_collect,
         progress=progress,
     )
@@ -165,7 +169,8 @@ def probe_prompts(
     central: str,
     settings: ProbeSettings,
     template: str,
-    token_budget: int,
+    token_budget: int | None = None,
+    scratch: Scratch | None = None,
     collect: Collect = cached_hidden_states,
     progress: Progress = silent,
 ) -> Subspaces:
@@ -174,7 +179,12 @@ def probe_prompts(
     check_probe(tuple(prompts), central, settings.rank, settings.layers, n_entries)
     ids = [one for part in prompts.values() for one in part.ids]
     states = collect(
-        model, ids, Keep(pooling=settings.pooling), token_budget=token_budget, progress=progress
+        model,
+        ids,
+        Keep(pooling=settings.pooling),
+        token_budget=token_budget,
+        scratch=scratch,
+        progress=progress,
     )
     assert states.pooled is not None
     counts = [len(part.ids) for part in prompts.values()]
@@ -198,19 +208,54 @@ def probe_prompts(
     )
 
 
+@overload
+def train(
+    model: LanguageModel,
+    subspaces: Subspaces,
+    corpus: ParallelCorpus,
+    *,
+    languages: Sequence[str] | None = ...,
+    settings: TrainSettings | None = ...,
+    template: str = ...,
+    seed: int = ...,
+    token_budget: int | None = ...,
+    scratch: Scratch | None = ...,
+    checkpoint: Path | None = ...,
+    progress: Progress = ...,
+) -> CrownDelta: ...
+
+
+@overload
+def train(
+    model: LanguageModel,
+    subspaces: Subspaces,
+    corpus: ParallelCorpus,
+    *,
+    languages: Sequence[str] | None = ...,
+    settings: Sequence[TrainSettings],
+    template: str = ...,
+    seed: int = ...,
+    token_budget: int | None = ...,
+    scratch: Scratch | None = ...,
+    checkpoint: Path | None = ...,
+    progress: Progress = ...,
+) -> list[CrownDelta]: ...
+
+
 def train(
     model: LanguageModel,
     subspaces: Subspaces,
     corpus: ParallelCorpus,
     *,
     languages: Sequence[str] | None = None,
-    settings: TrainSettings | None = None,
+    settings: TrainSettings | Sequence[TrainSettings] | None = None,
     template: str = "auto",
     seed: int = 0,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
+    scratch: Scratch | None = None,
     checkpoint: Path | None = None,
     progress: Progress = silent,
-) -> CrownDelta:
+) -> CrownDelta | list[CrownDelta]:
     """Train the top layers on parallel prompts (LSM).
 
     Args:
@@ -218,37 +263,53 @@ def train(
         subspaces: of this model.
         corpus: parallel rows.
         languages: target languages; None takes those of the subspaces.
-        settings: see `TrainSettings`; its `corpus` and `rows` are not read here.
+        settings: see `TrainSettings`; `corpus` and `rows` are not read here. A list trains one
+            crown for each, from one trunk pass; all must have the same `max_tokens`.
         template: "auto", "chat", "plain" or a Jinja file.
         seed: order of the rows.
-        token_budget: padded tokens of a batch.
-        checkpoint: a file to continue from after a kill.
+        token_budget: padded tokens of a batch; None takes what is fastest on this machine.
+        scratch: room for states and the optimizer's moments; None takes memory without limit.
+        checkpoint: a file to continue from after a kill; not with a list.
         progress: told the steps done.
 
+    Returns:
+        The change of the weights; for a list of settings, a list.
+
     Raises:
+        ConfigError: the settings of a list differ in `max_tokens`.
         CorpusError: no usable row.
         TrainingError: the loss is not finite or runs away.
     """
-    settings = settings or TrainSettings()
+    several = settings if isinstance(settings, Sequence) else [settings or TrainSettings()]
+    if len({one.max_tokens for one in several}) != 1:
+        given = ", ".join(str(one.max_tokens) for one in several)
+        raise ConfigError(
+            "settings that share a trunk pass must have one max_tokens, got "
+            f"{given or 'no settings'}; train the others apart"
+        )
     targets = languages or [k for k in subspaces.languages if k != subspaces.central]
     prompts = encode_parallel(
         corpus,
         (subspaces.central, *targets),
         choose_format(model.tokenizer, template),
         model.tokenizer,
-        settings.max_tokens,
+        several[0].max_tokens,
     )
-    return train_prompts(
-        model,
-        subspaces,
-        prompts,
-        settings=settings,
-        seed=seed,
-        token_budget=token_budget,
-        collect=_collect,
-        checkpoint=checkpoint,
-        progress=progress,
+    deltas = list(
+        train_prompts(
+            model,
+            subspaces,
+            prompts,
+            settings=several,
+            seed=seed,
+            token_budget=token_budget,
+            scratch=scratch,
+            collect=_collect,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
     )
+    return deltas if isinstance(settings, Sequence) else deltas[0]
 
 
 def train_prompts(
@@ -256,50 +317,59 @@ def train_prompts(
     subspaces: Subspaces,
     prompts: ParallelPrompts,
     *,
-    settings: TrainSettings,
+    settings: Sequence[TrainSettings],
     seed: int,
-    token_budget: int,
+    token_budget: int | None = None,
+    scratch: Scratch | None = None,
     collect: Collect = cached_hidden_states,
     checkpoint: Path | None = None,
     progress: Progress = silent,
-) -> CrownDelta:
-    """Train from prompts; see `train`."""
-    layers = trained_layers(settings, model.structure.n_layers)
+) -> Iterator[CrownDelta]:
+    """Train from prompts, one crown for each of `settings`; see `train`.
+
+    Yields:
+        The deltas, in the order of `settings`, each as soon as it is there.
+    """
+    assert len(settings) == 1 or checkpoint is None
+    structure = model.structure
+    layers = [trained_layers(one, structure.n_layers) for one in settings]
+    boundaries = tuple(sorted({min(one) for one in layers}))
     states = collect(
         model,
         prompts.ids,
-        Keep(boundary_layer=min(layers), final=True),
+        Keep(boundary_layers=boundaries, final=True),
         token_budget=token_budget,
+        scratch=scratch,
         progress=progress,
     )
-    result = train_crown(
-        model.structure,
-        subspaces,
-        ParallelStates(states, prompts.rows, subspaces.central),
-        settings,
-        seed=seed,
-        token_budget=token_budget,
-        checkpoint=checkpoint,
-        progress=progress,
-    )
+    parallel = ParallelStates(states, prompts.rows, subspaces.central)
     trained = {language for row in prompts.rows for language in row}
-    return CrownDelta(
-        result.changes,
-        {
+    languages = [k for k in subspaces.languages if k != subspaces.central and k in trained]
+    for one, own_layers in zip(settings, layers, strict=True):
+        result = train_crown(
+            structure,
+            subspaces,
+            parallel,
+            one,
+            seed=seed,
+            token_budget=token_budget,
+            scratch=scratch,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        metadata = {
             "fingerprint": model.fingerprint,
             "model": model.name,
             "central": subspaces.central,
-            "languages": [
-                k for k in subspaces.languages if k != subspaces.central and k in trained
-            ],
-            "layers": layers,
+            "languages": languages,
+            "layers": own_layers,
             "n_rows": len(prompts.rows),
             "seed": seed,
-            "settings": settings.model_dump(mode="json"),
+            "settings": one.model_dump(mode="json"),
             "log": result.log,
             "versions": versions(),
-        },
-    )
+        }
+        yield CrownDelta(result.changes, metadata)
 
 
 def _collect(

@@ -13,23 +13,26 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from polylens import distributed
 from polylens.artefacts import load_tensors, save_tensors
 from polylens.config import TrainSettings
 from polylens.crown import Crown
 from polylens.errors import ConfigError, CorruptFileError, TrainingError
-from polylens.hidden_states import HiddenStates, gather, pool, token_batches
+from polylens.hidden_states import HiddenStates, gather, token_batches
 from polylens.losses import AlignLoss, RetainLoss, SeparateLoss
-from polylens.models.structure import DecoderStructure
+from polylens.machine import keeping_freed_memory
+from polylens.models.structure import Calls, DecoderStructure
 from polylens.progress import Progress, silent
+from polylens.scratch import Scratch
 from polylens.subspaces import Subspaces
+from polylens.token_budget import best_token_budget
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,10 @@ _DIVERGENCE_FACTOR = 10.0
 # A first loss below this is rounding, as when only the retain loss is on; states after the final
 # norm are of order 1 a dimension.
 _DIVERGENCE_FLOOR = 1e-3
+
+# Tokens whose activations are in memory at once, for the backward pass. A step of the published
+# settings (8 rows in 7 languages) is about 4,000.
+_MAX_GRAPH_TOKENS = 4096
 
 # Checkpoints may cost this share of the time: a write that takes 1 s happens every 20 s.
 _CHECKPOINT_COST_RATIO = 0.05
@@ -115,19 +122,24 @@ def train_crown(
     settings: TrainSettings,
     *,
     seed: int = 0,
-    token_budget: int,
+    token_budget: int | None = None,
+    scratch: Scratch | None = None,
     checkpoint: Path | None = None,
     progress: Progress = silent,
 ) -> TrainingResult:
     """Train the top layers so that targets align with, and separate from, the central language.
 
+    In a distributed run each process takes its share of the rows of a step; the sum of their
+    gradients is that of the whole step.
+
     Args:
         structure: the untouched model; it is not changed.
         subspaces: of this model, with the layer that `settings.state` reads.
-        parallel: states of the training prompts; `boundary_layer` must be the lowest trained layer.
+        parallel: states of the training prompts, with what enters the lowest trained layer.
         settings: see `TrainSettings`.
         seed: order of the rows.
-        token_budget: padded tokens of a forward.
+        token_budget: padded tokens of a forward; None takes what is fastest on this machine.
+        scratch: room for the optimizer's moments; None takes memory without limit.
         checkpoint: a file to write progress to and to continue from, removed by the caller.
         progress: told the steps done.
 
@@ -135,34 +147,28 @@ def train_crown(
         TrainingError: the loss is not finite or runs away. The checkpoint, if any, keeps the last
             good state.
     """
+    scratch = scratch or Scratch()
+    n_tokens = settings.epochs * int(parallel.states.lengths.sum())
+    token_budget = token_budget or best_token_budget(structure, n_tokens, scratch.budget_bytes)
     crown = Crown(structure, trained_layers(settings, structure.n_layers))
-    assert parallel.states.boundary_layer == crown.boundary_layer
     objective = _Objective(subspaces, parallel, settings, crown, token_budget)
     n_rows = len(parallel.rows)
     n_steps = settings.epochs * math.ceil(n_rows / settings.batch_size)
     named = dict(crown.named_trainable())
-    optimizer = torch.optim.AdamW(
-        [
-            # As transformers' Trainer: no decay of norms and biases.
-            {
-                "params": [p for p in named.values() if p.ndim > 1],
-                "weight_decay": settings.weight_decay,
-            },
-            {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-    )
+    with scratch.borrowed():
+        optimizer = _optimizer(named, settings, scratch)
     log: list[dict[str, float]] = []
     if checkpoint is not None and checkpoint.exists():
         log = _resume(checkpoint, named, optimizer)
-    saver = _Saver(checkpoint, named, optimizer)
+    saver = _Saver(checkpoint if distributed.is_first() else None, named, optimizer)
     progress(len(log), n_steps, "training")
     for step in range(len(log), n_steps):
         rows = _rows_of_step(step, n_rows, settings.batch_size, seed)
-        optimizer.zero_grad(set_to_none=True)
-        loss, parts = objective(rows)
-        _check(float(loss.detach()), log, step, saver)
-        loss.backward()
+        for parameter in named.values():
+            parameter.grad = None
+        with keeping_freed_memory():
+            loss, parts = objective.backward(rows)
+        _check(loss, log, step, saver)
         norm = torch.nn.utils.clip_grad_norm_(named.values(), settings.max_grad_norm)
         if not torch.isfinite(norm):
             raise TrainingError(
@@ -177,14 +183,47 @@ def train_crown(
             {
                 "step": step,
                 "learning_rate": learning_rate,
-                "loss": float(loss.detach()),
+                "loss": loss,
                 "gradient_norm": float(norm),
                 **parts,
             }
         )
         saver.maybe_save(log)
         progress(step + 1, n_steps, "training")
-    return TrainingResult(crown.changes(), log)
+    for parameter in named.values():
+        parameter.grad = None
+    optimizer.state.clear()
+    return TrainingResult(crown.into_changes(), log)
+
+
+def _optimizer(
+    named: Mapping[str, torch.nn.Parameter], settings: TrainSettings, scratch: Scratch
+) -> torch.optim.AdamW:
+    """AdamW whose moments, two thirds of what a crown in training takes, may lie in files."""
+    optimizer = torch.optim.AdamW(
+        [
+            # As transformers' Trainer: no decay of norms and biases.
+            {
+                "params": [p for p in named.values() if p.ndim > 1],
+                "weight_decay": settings.weight_decay,
+            },
+            {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        fused=True,  # one pass over weights, gradients and moments, without copies of them
+    )
+    for parameter in named.values():
+        on_cpu = parameter.device.type == "cpu"
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            **{
+                name: scratch.zeros(tuple(parameter.shape), parameter.dtype)
+                if on_cpu
+                else torch.zeros_like(parameter)
+                for name in ("exp_avg", "exp_avg_sq")
+            },
+        }
+    return optimizer
 
 
 def schedule(step: int, n_steps: int, warmup_ratio: float) -> float:
@@ -212,13 +251,16 @@ class _Objective:
         crown: Crown,
         token_budget: int,
     ) -> None:
-        layer = state_layer(settings, crown.structure_[0].n_layers)
+        structure = crown.structure_[0]
+        layer = state_layer(settings, structure.n_layers)
         self._parallel = parallel
         self._settings = settings
         self._crown = crown
         self._token_budget = token_budget
         self._offsets = parallel.states.offsets
-        self._device = crown.structure_[0].device
+        self._boundary = parallel.states.boundary[crown.boundary_layer]
+        self._calls = Calls(structure, parallel.states.prefix_length)
+        self._device = structure.device
         self._align = AlignLoss(subspaces, layer)
         self._separate = {
             language: SeparateLoss(subspaces, layer, language, settings.strength_of(language))
@@ -226,93 +268,167 @@ class _Objective:
         }
         self._retain = RetainLoss()
 
-    def __call__(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        """Return the scalar loss of parallel rows, and each part's unweighted value."""
-        settings, central = self._settings, self._parallel.central
-        needs_central = settings.align_weight > 0 or settings.retain_weight > 0
-        prompts = [
-            index
-            for row in rows
-            for language, index in self._parallel.rows[row].items()
-            if language != central or needs_central
-        ]
-        now = self._states(prompts)
-        total = torch.zeros((), device=self._device)
-        parts: dict[str, float] = {}
-        if settings.retain_weight > 0:
-            indices = [self._parallel.rows[row][central] for row in rows]
-            before = self._reference(indices)
-            value = self._retain(_means([now[i] for i in indices]), _means(before))
-            total = total + settings.retain_weight * value
-            parts["retain"] = float(value.detach())
+    def backward(self, rows: Sequence[int]) -> tuple[float, dict[str, float]]:
+        """Add the gradient of a step's loss to the crown's weights.
+
+        Args:
+            rows: of the step, over all processes.
+
+        Returns:
+            The loss, and each part's unweighted value, over all processes.
+        """
+        names = self._part_names()
+        sums = torch.zeros(len(names), 2, dtype=torch.float64)  # sum over rows, and rows
+        for group in self._groups(distributed.own(rows)):
+            losses = self._losses(group)
+            weighted = [
+                self._weight(name) * values.sum() / len(rows) for name, values in losses.items()
+            ]
+            torch.stack(weighted).sum().backward()
+            for name, values in losses.items():
+                index = names.index(name)
+                sums[index] += torch.tensor([float(values.detach().double().sum()), len(values)])
+        parameters = [parameter for _, parameter in self._crown.named_trainable()]
+        if distributed.size() > 1:
+            for parameter in parameters:
+                if parameter.grad is None:  # no row came to this process
+                    parameter.grad = torch.zeros_like(parameter)
+            sums = sums.to(self._device, torch.float32 if self._device.type == "mps" else None)
+            distributed.add_up([sums, *(p.grad for p in parameters if p.grad is not None)])
+        parts, loss = {}, 0.0
+        for name, (total, count) in zip(names, sums.tolist(), strict=True):
+            if count:
+                # A row without this language adds nothing: the mean over rows shrinks with them.
+                loss += self._weight(name) * total / len(rows)
+                parts[name] = total / count
+        return loss, parts
+
+    def _part_names(self) -> list[str]:
+        settings = self._settings
+        names = ["retain"] if settings.retain_weight > 0 else []
         for language in self._parallel.targets:
-            present = [self._parallel.rows[r] for r in rows if language in self._parallel.rows[r]]
+            names += [f"align.{language}"] if settings.align_weight > 0 else []
+            names += [f"separate.{language}"] if settings.separate_weight > 0 else []
+        return names
+
+    def _weight(self, name: str) -> float:
+        return float(getattr(self._settings, f"{name.partition('.')[0]}_weight"))
+
+    def _groups(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """Cut rows into groups whose activations may be in memory together."""
+        group: list[int] = []
+        n_tokens = 0
+        for row in rows:
+            own = sum(
+                self._offsets[i + 1] - self._offsets[i] for i in self._parallel.rows[row].values()
+            )
+            if group and n_tokens + own > _MAX_GRAPH_TOKENS:
+                yield group
+                group, n_tokens = [], 0
+            group.append(row)
+            n_tokens += own
+        if group:
+            yield group
+
+    def _losses(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return the losses of each row, by part: (n_rows_with_the_language,) each."""
+        settings, central = self._settings, self._parallel.central
+        of_row = [self._parallel.rows[row] for row in rows]
+        now = self._states(of_row)
+        result: dict[str, Tensor] = {}
+        if settings.retain_weight > 0:
+            before = [self._reference(row[central]).mean(0) for row in of_row]
+            means = torch.stack([now[row[central]].mean(0) for row in of_row])
+            result["retain"] = self._retain(means, torch.stack(before))
+        for language in self._parallel.targets:
+            present = [row for row in of_row if language in row]
             if not present:
                 continue
-            # A row without this language adds nothing: the mean over rows shrinks with them.
-            share = len(present) / len(rows)
-            target = [now[row[language]] for row in present]
+            targets = [self._pooled(now[row[language]]) for row in present]
+            lengths = [len(states) for states in targets]
             if settings.align_weight > 0:
-                centre = [self._central_goal(now[row[central]], row[language]) for row in present]
-                value = self._align(self._pooled(target), torch.cat(centre))
-                total = total + settings.align_weight * share * value
-                parts[f"align.{language}"] = float(value.detach())
+                goal = [
+                    self._central_goal(now[row[central]]).expand(length, -1)
+                    for row, length in zip(present, lengths, strict=True)
+                ]
+                values = self._align(torch.cat(targets), torch.cat(goal))
+                result[f"align.{language}"] = _mean_of_each(values, lengths)
             if settings.separate_weight > 0:
-                before = self._reference([row[language] for row in present])
-                value = self._separate[language](self._pooled(target), self._pooled(before))
-                total = total + settings.separate_weight * share * value
-                parts[f"separate.{language}"] = float(value.detach())
-        return total, parts
-
-    def _states(self, prompts: Sequence[int]) -> dict[int, Tensor]:
-        """Run the crown; return each prompt's states, (n_tokens, hidden_size)."""
-        boundary = self._parallel.states.boundary
-        assert boundary is not None
-        lengths = [self._offsets[i + 1] - self._offsets[i] for i in prompts]
-        result: dict[int, Tensor] = {}
-        for batch in token_batches(lengths, self._token_budget):
-            chosen = [prompts[i] for i in batch]
-            padded, rows = gather(boundary, self._offsets, chosen)
-            output = self._crown(padded.to(self._device))
-            if self._settings.state == "normed":
-                output = self._crown.final_norm(output)
-            for row, (index, length) in enumerate(zip(chosen, rows.tolist(), strict=True)):
-                result[index] = output[row, :length]
+                before = [self._pooled(self._reference(row[language])) for row in present]
+                values = self._separate[language](torch.cat(targets), torch.cat(before))
+                result[f"separate.{language}"] = _mean_of_each(values, lengths)
         return result
+
+    def _states(self, rows: Sequence[Mapping[str, int]]) -> dict[int, Tensor]:
+        """Run the crown; return each prompt's states, (n_tokens, hidden_size).
+
+        Where the losses read the last token alone, that is the only one returned.
+        """
+        settings, central = self._settings, self._parallel.central
+        whole: list[int] = []
+        last: list[int] = []
+        for row in rows:
+            for language, index in row.items():
+                if language == central and settings.retain_weight > 0:
+                    whole.append(index)
+                elif language != central or settings.align_weight > 0:
+                    (last if settings.position == "last" else whole).append(index)
+        prefix_length = self._parallel.states.prefix_length
+        result: dict[int, Tensor] = {}
+        prefix = None
+        if prefix_length:
+            boundary = self._boundary[None, :prefix_length].to(self._device)
+            prefix = self._final(self._crown(self._calls, boundary, is_prefix=True))[0]
+        for prompts in (whole, last):
+            lengths = [self._offsets[i + 1] - self._offsets[i] for i in prompts]
+            for batch in token_batches(lengths, self._token_budget):
+                chosen = [prompts[i] for i in batch]
+                padded, own = gather(self._boundary, self._offsets, chosen)
+                padded, own = padded.to(self._device), own.to(self._device)
+                if prompts is last:
+                    output = self._final(self._crown(self._calls, padded, last=own - 1))
+                    result.update(zip(chosen, output[:, None].unbind(), strict=True))
+                    continue
+                output = self._final(self._crown(self._calls, padded))
+                for row_states, index, length in zip(output, chosen, own.tolist(), strict=True):
+                    real = row_states[:length]
+                    result[index] = real if prefix is None else torch.cat([prefix, real])
+        return result
+
+    def _final(self, states: Tensor) -> Tensor:
+        """Apply the final norm if the losses read states after it."""
+        if self._settings.state == "normed":
+            normed: Tensor = self._crown.final_norm(states)
+            return normed
+        return states
 
     @torch.no_grad()
-    def _reference(self, prompts: Sequence[int]) -> list[Tensor]:
-        """The untouched model's states of each prompt, (n_tokens, hidden_size)."""
-        final = self._parallel.states.final
-        assert final is not None
-        result = []
-        for index in prompts:
-            states = final[self._offsets[index] : self._offsets[index + 1]].to(self._device).float()
-            result.append(
-                self._crown.final_norm(states) if self._settings.state == "normed" else states
-            )
-        return result
+    def _reference(self, prompt: int) -> Tensor:
+        """The untouched model's states of a prompt, (n_tokens, hidden_size)."""
+        states = self._parallel.states
+        assert states.final is not None
+        own = states.final[self._offsets[prompt] : self._offsets[prompt + 1]]
+        whole = torch.cat([states.final[: states.prefix_length], own])
+        return self._final(whole.to(self._device).float())
 
-    def _pooled(self, prompts: Sequence[Tensor]) -> Tensor:
-        """Reduce each prompt's states to what the losses compare; "all" keeps every token."""
-        if self._settings.position == "all":
-            return torch.cat(list(prompts))
-        return torch.cat([_pool(states, self._settings.position) for states in prompts])
+    def _pooled(self, states: Tensor) -> Tensor:
+        """Reduce a prompt's states to what the losses compare; "all" keeps every token."""
+        if self._settings.position == "last":
+            return states[-1:]
+        return states.mean(0, keepdim=True) if self._settings.position == "mean" else states
 
-    def _central_goal(self, central: Tensor, target_prompt: int) -> Tensor:
-        """What a target prompt is aligned with: one state, repeated for each token of "all"."""
-        if self._settings.position != "all":
-            return _pool(central, self._settings.position)
-        n_tokens = self._offsets[target_prompt + 1] - self._offsets[target_prompt]
-        return central.mean(0, keepdim=True).expand(n_tokens, -1)
+    def _central_goal(self, central: Tensor) -> Tensor:
+        """What a target prompt is aligned with: one state, (1, hidden_size)."""
+        if self._settings.position == "last":
+            return central[-1:]
+        return central.mean(0, keepdim=True)
 
 
-def _pool(states: Tensor, position: Any) -> Tensor:
-    return pool(states[None], torch.tensor([len(states)], device=states.device), position)
-
-
-def _means(prompts: Sequence[Tensor]) -> Tensor:
-    return torch.stack([states.mean(0) for states in prompts])
+def _mean_of_each(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Average what lies end to end over each prompt's part: (n_prompts,)."""
+    if len(values) == len(lengths):
+        return values
+    return torch.stack([part.mean() for part in values.split(list(lengths))])
 
 
 def _rows_of_step(step: int, n_rows: int, batch_size: int, seed: int) -> list[int]:
@@ -386,8 +502,6 @@ def _resume(
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[f"weight.{name}"])
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            for key, value in optimizer.state[parameter].items():
+                value.copy_(tensors[f"{key}.{name}"])
     return list(metadata["log"])

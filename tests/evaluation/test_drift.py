@@ -33,7 +33,7 @@ def _delta(model, scale):
 
 def _before_and_after(model, delta):
     structure, prompts = model.structure, _prompts()
-    states = collect_hidden_states(structure, prompts, Keep(boundary_layer=BOUNDARY))
+    states = collect_hidden_states(structure, prompts, Keep(boundary_layers=(BOUNDARY,)))
 
     def summarise():
         return summarise_states(

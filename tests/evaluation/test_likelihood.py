@@ -22,7 +22,7 @@ def _prompts():
 
 
 def _scored(model, prompts, token_budget=30):
-    states = collect_hidden_states(model.structure, prompts, Keep(boundary_layer=BOUNDARY))
+    states = collect_hidden_states(model.structure, prompts, Keep(boundary_layers=(BOUNDARY,)))
     batches = run_crown(model.structure, states, token_budget=token_budget)
     return score_bits(model.structure, batches, prompts)
 
@@ -60,7 +60,7 @@ def test_bits_equal_those_of_the_whole_model(tiny_model):
 
 def test_bits_after_equal_those_of_the_changed_model(tiny_model):
     prompts = _prompts()
-    states = collect_hidden_states(tiny_model.structure, prompts, Keep(boundary_layer=BOUNDARY))
+    states = collect_hidden_states(tiny_model.structure, prompts, Keep(boundary_layers=(BOUNDARY,)))
     before = _scored(tiny_model, prompts)
     with _delta(tiny_model, 0.05).applied(tiny_model.structure):
         batches = run_crown(tiny_model.structure, states, token_budget=30)

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 from polylens.errors import ModelError
 from polylens.models.loading import LanguageModel
-from polylens.models.structure import find_structure
+from polylens.models.structure import Calls, find_structure
 from tiny import N_LAYERS
 
 IDS = torch.arange(5, 29).reshape(2, 12)
@@ -38,7 +38,7 @@ def test_calls_do_not_depend_on_the_tokens(tiny_model: LanguageModel) -> None:
     structure = tiny_model.structure
     with torch.no_grad():
         inputs = structure.layer_inputs(IDS)
-        calls = structure.calls_for(*IDS.shape)
+        calls = Calls(structure).of_batch(*IDS.shape)
         for call, other in zip(calls, inputs.calls, strict=True):
             layer = structure.layers[0]
             a, b = call(layer, inputs.hidden_states), other(layer, inputs.hidden_states)

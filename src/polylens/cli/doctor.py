@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from polylens.cli.console import ProgressBars, duration, out, print_json, size, 
 from polylens.config import load_config
 from polylens.errors import UsageError
 from polylens.journal import versions
+from polylens.machine import matmul_flops
 from polylens.models.loading import choose_device
 from polylens.plan import make_plan
 
@@ -27,6 +27,7 @@ def doctor(
     model: options.Model = None,
     languages: options.Languages = None,
     device: options.Device = "auto",
+    memory: options.Memory = None,
     offline: options.Offline = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -44,11 +45,11 @@ def doctor(
     cost = None
     if path is not None or "languages" in overrides:
         config = load_config(path, overrides)
-        runtime = options.make_runtime(device, "auto", 1024, offline, False)
+        runtime = options.make_runtime(device=device, memory=memory, offline=offline)
         with ProgressBars(shown=not as_json) as progress:
             plan = make_plan(config, runtime, progress)
         flops = plan.cost.trunk_flops + plan.cost.crown_flops
-        rate = matmul_flops(device)
+        rate = matmul_flops(plan.execution.device, plan.execution.dtype)
         cost = {
             "model": plan.source.name,
             "parameters": plan.facts.n_parameters,
@@ -57,6 +58,8 @@ def doctor(
             "measured_flops_per_second": rate,
             "memory_bytes": plan.cost.memory_bytes,
             "disk_bytes": plan.cost.disk_bytes,
+            "streamed": plan.execution.streamed,
+            "dtype": plan.execution.computing_name,
         }
         facts["run"] = cost
     elif overrides:
@@ -88,6 +91,7 @@ def doctor(
                     f"about {size(plan.cost.memory_bytes)} of "
                     f"{size(psutil.virtual_memory().total)}",
                 ],
+                ["run on", plan.execution.sentence()],
                 ["disk", f"about {size(plan.cost.disk_bytes)}"],
             ],
         )
@@ -113,18 +117,6 @@ def environment(device: str) -> dict[str, Any]:
     facts["cache holds"] = size(_folder_bytes(cache))
     facts["disk free"] = size(shutil.disk_usage(place).free)
     return facts
-
-
-def matmul_flops(device: str) -> float:
-    """Measure the operations a second of a float32 matrix product, within half a second."""
-    where = choose_device(device)
-    a, b = torch.randn(1024, 1024, device=where), torch.randn(1024, 2048, device=where)
-    (a @ b).sum().item()  # the first call sets up threads and kernels
-    n_calls, started = 0, time.monotonic()
-    while (elapsed := time.monotonic() - started) < 0.5:
-        (a @ b)[0, 0].item()
-        n_calls += 1
-    return 2 * 1024 * 1024 * 2048 * n_calls / elapsed
 
 
 def _folder_bytes(folder: Path) -> int:

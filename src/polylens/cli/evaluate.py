@@ -9,13 +9,13 @@ import typer
 
 from polylens.artefacts import write_json
 from polylens.cli import options
-from polylens.cli.console import ProgressBars, out, print_json
+from polylens.cli.console import ProgressBars, err, out, print_json
 from polylens.cli.run import print_evaluation
 from polylens.config import DEFAULT_MODEL
 from polylens.corpora import read_parallel
 from polylens.crown import CrownDelta
 from polylens.evaluation import evaluate as evaluate_step
-from polylens.models import load_model
+from polylens.execution import open_model
 
 
 def evaluate(
@@ -38,7 +38,9 @@ def evaluate(
     template: options.Template = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    token_budget: options.TokenBudget = 1024,
+    memory: options.Memory = None,
+    token_budget: options.TokenBudget = None,
+    deterministic: options.Deterministic = False,
     offline: options.Offline = False,
     trust_remote_code: options.TrustRemoteCode = False,
     quiet: options.Quiet = False,
@@ -52,21 +54,28 @@ def evaluate(
 
         polylens evaluate delta.safetensors heldout.jsonl --strength 0.5 --json
     """
-    runtime = options.make_runtime(device, dtype, token_budget, offline, trust_remote_code)
+    runtime = options.make_runtime(
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        token_budget=token_budget,
+        deterministic=deterministic,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
     found = CrownDelta.load(delta)
     central, targets = found.metadata["central"], found.metadata["languages"]
     rows = read_parallel(corpus, (central, *targets))
     rows = rows.split(limit)[1] if rows.n_heldout else rows.limit(limit)
     with ProgressBars(shown=not quiet) as progress:
-        loaded = load_model(
+        loaded, execution = open_model(
             model or DEFAULT_MODEL,
+            runtime,
             revision=revision,
-            device=runtime.device,
-            dtype=runtime.dtype,
-            offline=runtime.offline,
-            trust_remote_code=runtime.trust_remote_code,
             progress=progress,
         )
+        if not quiet:
+            err.print(execution.sentence(), highlight=False, markup=False)
         result = evaluate_step(
             loaded,
             CrownDelta.load(delta, fingerprint=loaded.fingerprint),

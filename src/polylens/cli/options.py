@@ -41,7 +41,15 @@ Template = Annotated[
 Seed = Annotated[int | None, typer.Option(help=_help(RunConfig, "seed"), show_default=False)]
 Device = Annotated[str, typer.Option(help=_help(Runtime, "device"))]
 Dtype = Annotated[str, typer.Option(help=_help(Runtime, "dtype"))]
-TokenBudget = Annotated[int, typer.Option(help=_help(Runtime, "token_budget"))]
+Memory = Annotated[
+    str | None, typer.Option(help=_help(Runtime, "memory"), metavar="SIZE", show_default=False)
+]
+TokenBudget = Annotated[
+    int | None, typer.Option(help=_help(Runtime, "token_budget"), show_default=False)
+]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help=_help(Runtime, "deterministic"))
+]
 Offline = Annotated[bool, typer.Option("--offline", help=_help(Runtime, "offline"))]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help=_help(Runtime, "trust_remote_code"))
@@ -94,21 +102,13 @@ def _parse(value: str) -> Any:
     return parsed
 
 
-def make_runtime(
-    device: str, dtype: str, token_budget: int, offline: bool, trust_remote_code: bool
-) -> Runtime:
+def make_runtime(**values: Any) -> Runtime:
     """Return how a command is carried out.
+
+    Args:
+        values: fields of `Runtime`; None leaves the default.
 
     Raises:
         ConfigError: a value is faulty.
     """
-    return check(
-        Runtime,
-        {
-            "device": device,
-            "dtype": dtype,
-            "token_budget": token_budget,
-            "offline": offline,
-            "trust_remote_code": trust_remote_code,
-        },
-    )
+    return check(Runtime, {key: value for key, value in values.items() if value is not None})

@@ -9,11 +9,11 @@ import typer
 
 from polylens.artefacts import write_text
 from polylens.cli import options
-from polylens.cli.console import ProgressBars, out, print_json, table
+from polylens.cli.console import ProgressBars, err, out, print_json, table
 from polylens.config import DEFAULT_MODEL, ProbeSettings, check
 from polylens.corpora import read_texts
+from polylens.execution import open_model
 from polylens.languages import normalize_language, normalize_languages
-from polylens.models import load_model
 from polylens.report import render_probe_page
 from polylens.steps import probe as probe_step
 from polylens.subspaces import Subspaces
@@ -46,7 +46,9 @@ def probe(
     ] = 64,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    token_budget: options.TokenBudget = 1024,
+    memory: options.Memory = None,
+    token_budget: options.TokenBudget = None,
+    deterministic: options.Deterministic = False,
     offline: options.Offline = False,
     trust_remote_code: options.TrustRemoteCode = False,
     quiet: options.Quiet = False,
@@ -60,7 +62,15 @@ def probe(
 
         polylens probe texts.jsonl --model my/folder --central en --out runs/probe
     """
-    runtime = options.make_runtime(device, dtype, token_budget, offline, trust_remote_code)
+    runtime = options.make_runtime(
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        token_budget=token_budget,
+        deterministic=deterministic,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
     settings = check(
         ProbeSettings,
         {"rank": rank, "agnostic": agnostic, "pooling": pooling, "max_tokens": max_tokens},
@@ -71,15 +81,14 @@ def probe(
         wanted = (centre, *wanted)
     texts = read_texts(corpus, wanted or (centre,))
     with ProgressBars(shown=not quiet) as progress:
-        loaded = load_model(
+        loaded, execution = open_model(
             model or DEFAULT_MODEL,
+            runtime,
             revision=revision,
-            device=runtime.device,
-            dtype=runtime.dtype,
-            offline=runtime.offline,
-            trust_remote_code=runtime.trust_remote_code,
             progress=progress,
         )
+        if not quiet:
+            err.print(execution.sentence(), highlight=False, markup=False)
         subspaces = probe_step(
             loaded,
             texts,
@@ -88,6 +97,7 @@ def probe(
             settings=settings,
             template=template or "auto",
             token_budget=runtime.token_budget,
+            scratch=execution.scratch(),
             progress=progress,
         )
     path, page = out_folder / "subspaces.safetensors", out_folder / "probe.html"

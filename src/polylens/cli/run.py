@@ -51,7 +51,9 @@ def enhance(
     seed: options.Seed = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    token_budget: options.TokenBudget = 1024,
+    memory: options.Memory = None,
+    token_budget: options.TokenBudget = None,
+    deterministic: options.Deterministic = False,
     offline: options.Offline = False,
     trust_remote_code: options.TrustRemoteCode = False,
     push_to_hub: Annotated[
@@ -90,7 +92,15 @@ def enhance(
     }
     overrides.update({key: value for key, value in flags.items() if value is not None})
     config = load_config(path, overrides)
-    runtime = options.make_runtime(device, dtype, token_budget, offline, trust_remote_code)
+    runtime = options.make_runtime(
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        token_budget=token_budget,
+        deterministic=deterministic,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
     if push_to_hub is not None:
         hub.check_target(push_to_hub)
     started = time.monotonic()

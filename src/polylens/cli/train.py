@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from polylens.cli import options
-from polylens.cli.console import ProgressBars, out, print_json
+from polylens.cli.console import ProgressBars, err, out, print_json
 from polylens.config import DEFAULT_MODEL, TrainSettings, check
 from polylens.corpora import read_parallel
-from polylens.models import load_model
+from polylens.execution import open_model
 from polylens.steps import train as train_step
 from polylens.subspaces import Subspaces
 
@@ -36,7 +36,9 @@ def train(
     seed: options.Seed = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    token_budget: options.TokenBudget = 1024,
+    memory: options.Memory = None,
+    token_budget: options.TokenBudget = None,
+    deterministic: options.Deterministic = False,
     offline: options.Offline = False,
     trust_remote_code: options.TrustRemoteCode = False,
     quiet: options.Quiet = False,
@@ -50,7 +52,15 @@ def train(
 
         polylens train subspaces.safetensors prompts.jsonl -s learning_rate=3e-5 -s epochs=3
     """
-    runtime = options.make_runtime(device, dtype, token_budget, offline, trust_remote_code)
+    runtime = options.make_runtime(
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        token_budget=token_budget,
+        deterministic=deterministic,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
     _, given = options.split_arguments(settings)
     chosen = check(TrainSettings, given)
     languages = Subspaces.load(subspaces)
@@ -58,15 +68,15 @@ def train(
     parallel = read_parallel(corpus, (languages.central, *targets))
     train_rows = parallel.split(0)[0] if parallel.n_heldout else parallel
     with ProgressBars(shown=not quiet) as progress:
-        loaded = load_model(
+        loaded, execution = open_model(
             model or DEFAULT_MODEL,
+            runtime,
             revision=revision,
-            device=runtime.device,
-            dtype=runtime.dtype,
-            offline=runtime.offline,
-            trust_remote_code=runtime.trust_remote_code,
+            train=chosen,
             progress=progress,
         )
+        if not quiet:
+            err.print(execution.sentence(), highlight=False, markup=False)
         delta = train_step(
             loaded,
             Subspaces.load(subspaces, fingerprint=loaded.fingerprint),
@@ -75,6 +85,7 @@ def train(
             template=template or "auto",
             seed=seed or 0,
             token_budget=runtime.token_budget,
+            scratch=execution.scratch(),
             progress=progress,
         )
     delta.save(out_file)

@@ -20,7 +20,7 @@ from polylens.evaluation.fidelity import detect_answers, measure_fidelity
 from polylens.evaluation.generation import generate_answers
 from polylens.evaluation.likelihood import encode_plain, score_bits
 from polylens.evaluation.results import Answer, BeforeAfter, BitsPerByte, Evaluation
-from polylens.hidden_states import TOKEN_BUDGET, HiddenStates, Keep
+from polylens.hidden_states import HiddenStates, Keep
 from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
 from polylens.prompts import choose_format
@@ -121,7 +121,7 @@ def compare(
     *,
     strength: float = 1.0,
     dtype: torch.dtype | None = None,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
     collect: Callable[..., HiddenStates] = cached_hidden_states,
     progress: Progress = silent,
 ) -> Comparison:
@@ -133,12 +133,12 @@ def compare(
         heldout: prompts and texts.
         strength: the dial.
         dtype: round the changed weights to it first, as a model saved in it would be.
-        token_budget: padded tokens of a batch.
+        token_budget: padded tokens of a batch; None takes what is fastest on this machine.
         collect: how hidden states are had.
         progress: told the tokens done.
     """
     structure = model.structure
-    keep = Keep(boundary_layer=min(delta.layers))
+    keep = Keep(boundary_layers=(min(delta.layers),))
     languages = heldout.all_languages
     texts = [
         (k, *encode_plain(model.tokenizer, text, MAX_SCORED_TOKENS))
@@ -220,7 +220,7 @@ def evaluate(
     max_new_tokens: int = 48,
     max_tokens: int = 128,
     template: str = "auto",
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Compare a model before and after on held-out parallel prompts.
@@ -235,7 +235,7 @@ def evaluate(
         max_new_tokens: longest answer.
         max_tokens: longest prompt.
         template: "auto", "chat", "plain" or a Jinja file.
-        token_budget: padded tokens of a batch.
+        token_budget: padded tokens of a batch; None takes what is fastest on this machine.
         progress: told how far each piece of work is.
 
     Raises:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,14 +19,18 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from polylens.artefacts import tensor_digest
 from polylens.errors import ModelError
-from polylens.models.source import ModelSource, resolve
-from polylens.models.structure import DecoderStructure, find_structure
+from polylens.machine import computing_dtype
+from polylens.models.source import ModelSource, describe, resolve
+from polylens.models.streaming import Streaming
+from polylens.models.structure import DecoderStructure, find_structure, stream
 from polylens.progress import Progress
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+
+# Weights that are widened and hashed at a time: the largest matrices are gigabytes.
+_PIECE = 2**22
 
 # How a model is run, stored or named, rather than what it computes.
 _INERT_SETTINGS = frozenset(
@@ -69,7 +74,8 @@ def load_model(
     *,
     revision: str | None = None,
     device: str = "auto",
-    dtype: Dtype = "auto",
+    dtype: Dtype | torch.dtype = "auto",
+    streamed: bool = False,
     offline: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -80,7 +86,10 @@ def load_model(
         spec: folder, `.gguf` file, registry name or Hub id.
         revision: branch, tag or commit of a Hub model.
         device: "auto" (cuda, else mps, else cpu) or a torch device such as "cuda:1".
-        dtype: dtype to compute in; "auto" is float32 on a CPU and the stored dtype elsewhere.
+        dtype: dtype to compute in; "auto" is the stored one, but float32 on a CPU that is not
+            faster in the stored one.
+        streamed: leave the weights in their files and read each layer when it is needed; for
+            models larger than memory, or than the GPU.
         offline: never use the network.
         trust_remote_code: let the model's own Python code run. Off unless you trust its author.
         progress: told about downloads.
@@ -91,10 +100,16 @@ def load_model(
     """
     where = choose_device(device)
     source = resolve(str(spec), revision=revision, offline=offline, progress=progress)
+    if dtype == "auto":
+        facts = describe(source.folder, trust_remote_code=trust_remote_code)
+        computing = computing_dtype(getattr(torch, facts.dtype), where)
+    else:
+        computing = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.folder,
-            dtype=_choose_dtype(dtype, where),
+            # In the stored dtype, weights are mapped from their files rather than read.
+            dtype="auto" if streamed else computing,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
@@ -105,9 +120,13 @@ def load_model(
             f"({_first_line(error)}); check the folder"
         ) from error
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    model.to(where)  # type: ignore[arg-type] # transformers wraps the method of torch
     model.eval()
-    return LanguageModel(find_structure(model), tokenizer, source.name, source)
+    if streamed:
+        structure = stream(find_structure(model), Streaming(where, computing))
+    else:
+        model.to(where)  # type: ignore[arg-type] # transformers wraps the method of torch
+        structure = find_structure(model)
+    return LanguageModel(structure, tokenizer, source.name, source)
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
@@ -149,7 +168,8 @@ def choose_device(device: str) -> torch.device:
     """
     if device == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            # In a distributed run each process has a GPU of its own.
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
@@ -159,14 +179,6 @@ def choose_device(device: str) -> torch.device:
             f"device must be 'auto' or a torch device of this machine, got {device!r} "
             f"({_first_line(error)}); leave it out to choose automatically"
         ) from error
-    return chosen
-
-
-def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    chosen = getattr(torch, dtype)
-    assert isinstance(chosen, torch.dtype)
     return chosen
 
 
@@ -180,8 +192,11 @@ def _fingerprint(model: PreTrainedModel) -> str:
 
     def digest(item: tuple[str, torch.nn.Parameter]) -> bytes:
         name, parameter = item
+        values = hashlib.sha256()
+        for piece in parameter.detach().reshape(-1).split(_PIECE):
+            values.update(piece.float().cpu().numpy().data)
         header = f"{name} {tuple(parameter.shape)}".encode()
-        return hashlib.sha256(header + tensor_digest(parameter.detach().float())).digest()
+        return hashlib.sha256(header + values.digest()).digest()
 
     with ThreadPoolExecutor(max_workers=min(4, torch.get_num_threads())) as pool:
         parts = list(pool.map(digest, named))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from polylens.errors import DownloadError, MissingExtraError, ModelError, neares
 from polylens.models.fetch import convert_into_cache, fetch, file_sha256, is_offline, usable
 from polylens.models.registry import REGISTRY
 from polylens.progress import Progress, silent
+
+# Names of dtypes in safetensors' headers.
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -62,6 +66,7 @@ class ModelFacts:
         n_parameters: all weights; tied ones count once.
         n_layer_parameters: weights of all decoder layers together.
         n_bytes: of the safetensors files.
+        dtype: name of the dtype that most weights are stored in, e.g. "bfloat16".
     """
 
     model_type: str
@@ -71,6 +76,7 @@ class ModelFacts:
     n_parameters: int
     n_layer_parameters: int
     n_bytes: int
+    dtype: str = "float32"
 
 
 def resolve(
@@ -181,14 +187,15 @@ def describe(folder: Path, *, trust_remote_code: bool = False) -> ModelFacts:
         ) from error
     text = config.get_text_config(decoder=True)
     sizes: Counter[str] = Counter()
+    stored: Counter[str] = Counter()
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                    size = 1
-                    for length in tensors.get_slice(name).get_shape():
-                        size *= length
+                    header = tensors.get_slice(name)
+                    size = math.prod(header.get_shape())
+                    stored[header.get_dtype()] += size
                     sizes["layers" if re.search(r"\.\d+\.", name) else "other"] += size
         except SafetensorError as error:
             raise ModelError(
@@ -203,6 +210,7 @@ def describe(folder: Path, *, trust_remote_code: bool = False) -> ModelFacts:
         n_parameters=sizes.total(),
         n_layer_parameters=sizes["layers"],
         n_bytes=sum(file.stat().st_size for file in files),
+        dtype=_DTYPES.get(stored.most_common(1)[0][0], "float32"),
     )
 
 

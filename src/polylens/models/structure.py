@@ -8,17 +8,18 @@ them. Start with `find_structure`.
 
 Layer convention of the whole package: decoder layers count from 0, and the *output* of layer k is
 entry k of every per-layer array. One entry follows, `n_layers`: the last layer's output after the
-final norm. (transformers shifts by
-one: its `hidden_states[0]` is the embedding, `hidden_states[k + 1]` the output of layer k, except
-    that its last entry
-has passed the final norm.)
+final norm. (transformers shifts by one: its `hidden_states[0]` is the embedding,
+`hidden_states[k + 1]` the output of layer k, except that its last entry has passed the final norm.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +27,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from polylens.errors import ModelError
+from polylens.models.shared_prefix import SharedPrefix
+from polylens.models.streaming import (
+    Streaming,
+    loading_itself,
+    materialized,
+    place_small_parts,
+    read_ahead,
+    used_rows,
+    with_rows,
+)
+
+# Shapes of batches whose calls are kept; beyond, they are worked out anew, which costs
+# milliseconds.
+_MAX_SHAPES = 256
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,42 @@ class LayerCall:
         output = layer(hidden_states, *self.args, **self.keywords)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
+
+
+class Calls:
+    """What the layers receive for batches of a corpus, worked out once a shape.
+
+    Attributes:
+        prefix: the shared prefix of the corpus; None for none.
+    """
+
+    def __init__(self, structure: DecoderStructure, prefix_length: int = 0) -> None:
+        self._structure = structure
+        self.prefix = SharedPrefix(structure.n_layers, prefix_length) if prefix_length else None
+        self._known: dict[tuple[int, int, bool], tuple[LayerCall, ...]] = {}
+
+    def of_prefix(self) -> tuple[LayerCall, ...]:
+        """For the prefix, as a batch of one; running it notes its keys and values."""
+        assert self.prefix is not None
+        return self._of(1, self.prefix.length, True)
+
+    def of_batch(self, batch_size: int, seq_len: int) -> tuple[LayerCall, ...]:
+        """For what follows the prefix: (batch_size, seq_len) tokens padded on the right."""
+        return self._of(batch_size, seq_len, False)
+
+    def _of(self, batch_size: int, seq_len: int, is_prefix: bool) -> tuple[LayerCall, ...]:
+        key = (batch_size, seq_len, is_prefix)
+        if key in self._known:
+            return self._known[key]
+        cache = None
+        if self.prefix is not None:
+            cache = self.prefix.recording if is_prefix else self.prefix.extending
+        with torch.no_grad():
+            ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+            calls = self._structure.layer_inputs(ids, cache).calls
+        if len(self._known) < _MAX_SHAPES:
+            self._known[key] = calls
+        return calls
 
 
 @dataclass(frozen=True)
@@ -110,6 +161,8 @@ class DecoderStructure:
         final_norm: the module applied after the last layer; `nn.Identity` where there is none.
         n_layers: number of decoder layers.
         hidden_size: width of the residual stream.
+        streaming: how weights that stay in their files are computed with; None when the weights
+            are in memory as they compute.
     """
 
     causal_lm: PreTrainedModel
@@ -118,6 +171,7 @@ class DecoderStructure:
     final_norm: nn.Module
     n_layers: int
     hidden_size: int
+    streaming: Streaming | None = None
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -128,19 +182,66 @@ class DecoderStructure:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights are."""
+        """Where the model computes."""
+        if self.streaming is not None:
+            return self.streaming.device
         return next(self.causal_lm.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the model computes in."""
+        if self.streaming is not None:
+            return self.streaming.dtype
         return next(self.layers.parameters()).dtype
+
+    @property
+    def can_share_prefix(self) -> bool:
+        """Whether keys and values are all that later tokens see of earlier ones."""
+        return not self.causal_lm._is_stateful
+
+    @contextlib.contextmanager
+    def loaded(self, first: int, stop: int | None = None) -> Iterator[None]:
+        """Have the weights of layers `first` to `stop` - 1 in memory for a while.
+
+        A streamed model reads them from its files; any other has them already.
+        """
+        if self.streaming is None:
+            yield
+            return
+        with materialized(self.layers[first:stop], self.streaming):
+            yield
+
+    @contextlib.contextmanager
+    def loaded_head(self) -> Iterator[None]:
+        """Have the weights that make logits in memory for a while."""
+        head = self.causal_lm.get_output_embeddings()
+        if self.streaming is None or head is None:
+            yield
+            return
+        with materialized([head], self.streaming):
+            yield
+
+    @contextlib.contextmanager
+    def runnable(self) -> Iterator[None]:
+        """Let the whole model run by itself for a while, as `generate` does with it."""
+        if self.streaming is None:
+            yield
+            return
+        head = self.causal_lm.get_output_embeddings()
+        embedding = self.causal_lm.get_input_embeddings()
+        with loading_itself(self.layers, embedding, head, self.streaming):
+            yield
+
+    def read_ahead(self, layer: int) -> None:
+        """Begin to read a layer that is needed soon from its file."""
+        if self.streaming is not None and layer < self.n_layers:
+            read_ahead(self.layers[layer])
 
     def parameter_name(self, layer: int, name: str) -> str:
         """Name within `causal_lm` of parameter `name` of decoder layer `layer`."""
         return f"{self.layers_path}.{layer}.{name}"
 
-    def layer_inputs(self, input_ids: Tensor) -> LayerInputs:
+    def layer_inputs(self, input_ids: Tensor, cache: Any = None) -> LayerInputs:
         """Run everything before the decoder layers.
 
         No attention mask is passed: with right padding and causal attention, pads never reach real
@@ -148,14 +249,40 @@ class DecoderStructure:
 
         Args:
             input_ids: (batch, seq_len) int64, padded on the right with any valid id.
+            cache: keys and values of tokens before these; see `SharedPrefix`.
         """
-        return _enter(self.decoder, self.layers_path.rpartition(".")[2], input_ids)
+        skeleton = _shallow_copy(self.decoder)
+        input_ids = input_ids.to(self.device)
+        if self.streaming is not None:
+            embedding = self.causal_lm.get_input_embeddings()
+            rows, input_ids = used_rows(embedding, input_ids, self.streaming)
+            skeleton = _replaced(skeleton, embedding, with_rows(embedding, rows))
+        return _enter(skeleton, self.layers_path.rpartition(".")[2], input_ids, cache)
 
-    def calls_for(self, batch_size: int, seq_len: int) -> tuple[LayerCall, ...]:
-        """What every decoder layer receives for a batch of this shape, whatever its tokens."""
-        with torch.no_grad():
-            ids = torch.zeros(batch_size, seq_len, dtype=torch.int64, device=self.device)
-            return self.layer_inputs(ids).calls
+    def run_at(
+        self, layer: int, call: LayerCall, hidden_states: Tensor, positions: Tensor
+    ) -> Tensor:
+        """Run a layer where only one token's output of each row is wanted.
+
+        Attention reads all tokens, but all that follows it (most of a layer's weights) works token
+        by token, and so runs on the wanted ones alone.
+
+        Args:
+            layer: index of the layer, whose weights must be loaded.
+            call: what it receives beside the states.
+            hidden_states: (batch, seq_len, hidden_size), its input.
+            positions: (batch,) int64, the wanted token of each row.
+
+        Returns:
+            (batch, hidden_size).
+        """
+        return run_layer_at(self.layers[layer], self.attention_name, call, hidden_states, positions)
+
+    @cached_property
+    def attention_name(self) -> str | None:
+        """Name of the layers' child through which tokens see one another, where it was found."""
+        with self.loaded(self.n_layers - 1):
+            return find_attention(self)
 
     def logits(self, normed: Tensor) -> Tensor:
         """Apply the model's own head, with whatever scaling or soft capping it does.
@@ -166,6 +293,10 @@ class DecoderStructure:
         Returns:
             (batch, seq_len, vocab_size).
         """
+        with self.loaded_head():
+            return self._logits(normed)
+
+    def _logits(self, normed: Tensor) -> Tensor:
         head = _shallow_copy(self.causal_lm)
         path = self.layers_path.rpartition(".")[0]  # "model", or "model.decoder", …
         owner: nn.Module = head
@@ -222,6 +353,20 @@ def find_structure(model: PreTrainedModel) -> DecoderStructure:
     )
 
 
+def stream(structure: DecoderStructure, streaming: Streaming) -> DecoderStructure:
+    """Return a structure whose large parts stay where they are until they are needed.
+
+    Args:
+        structure: of a model whose weights are mapped from their files.
+        streaming: where to compute, and in which dtype; what is small is moved there now.
+    """
+    model = structure.causal_lm
+    head = model.get_output_embeddings()
+    large = [structure.layers, model.get_input_embeddings(), *([head] if head is not None else [])]
+    place_small_parts(model, large, streaming)
+    return dataclasses.replace(structure, streaming=streaming)
+
+
 def _owner(model: nn.Module, path: str) -> nn.Module:
     return model.get_submodule(path.rpartition(".")[0])
 
@@ -233,19 +378,138 @@ def _shallow_copy(module: Any) -> Any:
     return copied
 
 
-def _enter(decoder: nn.Module, attribute: str, input_ids: Tensor) -> LayerInputs:
+def _replaced(decoder: Any, old: nn.Module, new: nn.Module) -> Any:
+    """Return a shallow copy of a decoder in which one module, at any depth, is another."""
+    copied = _shallow_copy(decoder)
+    for name, child in decoder._modules.items():
+        if child is old:
+            copied._modules[name] = new
+        elif child is not None and any(module is old for module in child.modules()):
+            copied._modules[name] = _replaced(child, old, new)
+    return copied
+
+
+def _enter(decoder: nn.Module, attribute: str, input_ids: Tensor, cache: Any = None) -> LayerInputs:
     """Run `decoder`'s own forward with recorders in the place of its layers."""
     skeleton = _shallow_copy(decoder)
     calls: list[tuple[Tensor, LayerCall]] = []
     layers: Sequence[nn.Module] = decoder._modules[attribute]  # type: ignore[assignment]
     skeleton._modules[attribute] = nn.ModuleList(_Recorder(layer, calls) for layer in layers)
-    skeleton(input_ids=input_ids, use_cache=False)
+    given = {} if cache is None else {"past_key_values": cache}
+    skeleton(input_ids=input_ids, use_cache=False, **given)
     if len(calls) != len(layers):
         raise ModelError(
             f"the model must run each of its {len(layers)} decoder layers once, but ran "
             f"{len(calls)}; PolyLens does not support this architecture"
         )
     return LayerInputs(calls[0][0], tuple(call for _, call in calls))
+
+
+class _Reached(Exception):
+    """Carries what attention was called with out of a layer that is cut short there."""
+
+    def __init__(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        super().__init__()
+        self.call = (args, keywords)
+
+
+class _Stop(nn.Module):
+    """Stands in for attention: ends the layer's forward, telling what it was called with."""
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        raise _Reached(args, keywords)
+
+
+class _Answer(nn.Module):
+    """Stands in for attention: returns what is known already."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self._output = output
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        return self._output
+
+
+def run_layer_at(
+    layer: nn.Module,
+    attention_name: str | None,
+    call: LayerCall,
+    hidden_states: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """Run a decoder layer for one token of each row; see `DecoderStructure.run_at`.
+
+    Args:
+        layer: the layer, or a trainable copy of it.
+        attention_name: the child through which tokens see one another; None runs all of the layer.
+        call: what it receives beside the states.
+        hidden_states: (batch, seq_len, hidden_size).
+        positions: (batch,) int64.
+
+    Returns:
+        (batch, hidden_size).
+    """
+    rows = torch.arange(len(positions), device=hidden_states.device)
+    if attention_name is None:
+        return call(layer, hidden_states)[rows, positions]
+    cut = _shallow_copy(layer)
+    cut._modules[attention_name] = _Stop()
+    try:
+        call(cut, hidden_states)
+    except _Reached as reached:
+        args, keywords = reached.call
+    attention = layer._modules[attention_name]
+    assert attention is not None
+    output = attention(*args, **keywords)
+    mixed = output[0] if isinstance(output, tuple) else output  # (batch, seq_len, hidden_size)
+    mixed = mixed[rows, positions][:, None]
+    cut._modules[attention_name] = _Answer(
+        (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+    )
+    return call(cut, hidden_states[rows, positions][:, None])[:, 0]
+
+
+@torch.no_grad()
+def find_attention(structure: DecoderStructure) -> str | None:
+    """Find the child of the last layer through which tokens see one another.
+
+    It is the first child whose output at the last token changes with the first token; what comes
+    before and after it works token by token. The find is tried out: where leaving the other
+    tokens out changes a result, there is no such child (None), and layers run whole.
+    """
+    layer: Any = structure.layers[-1]
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 4, structure.hidden_size, generator=generator)
+    states[1, 1:] = states[0, 1:]  # the rows differ in their first token
+    states = states.to(structure.device, structure.dtype)
+    call = Calls(structure).of_batch(2, 4)[-1]
+    mixing: list[str] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found = output[0] if isinstance(output, tuple) else output
+            if isinstance(found, Tensor) and not torch.equal(found[0, -1], found[1, -1]):
+                mixing.append(name)
+
+        return hook
+
+    hooks = [child.register_forward_hook(note(name)) for name, child in layer.named_children()]
+    try:
+        whole = call(layer, states)[:, -1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not mixing:
+        return None
+    last = torch.full((2,), 3, device=states.device)
+    try:
+        alone = run_layer_at(layer, mixing[0], call, states, last)
+    except (RuntimeError, TypeError, IndexError, AttributeError, UnboundLocalError):
+        return None
+    tolerance = 1e-4 if structure.dtype == torch.float32 else 2e-2
+    same = (alone - whole).float().norm() <= tolerance * whole.float().norm()
+    return mixing[0] if same else None
 
 
 def _find_final_norm(decoder: nn.Module, attribute: str, device: torch.device) -> nn.Module:

@@ -1,0 +1,165 @@
+"""How a model is run on this machine: device, dtype, in memory or streamed, and with what room.
+
+Decided from sizes alone, before any weight is read, so that it can be shown and tested.
+`open_model` decides and loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from polylens.config import Runtime, TrainSettings
+from polylens.errors import ConfigError
+from polylens.machine import computing_dtype
+from polylens.models.loading import LanguageModel, choose_device, load_model
+from polylens.models.source import ModelFacts, describe, resolve
+from polylens.progress import Progress, silent
+from polylens.scratch import Scratch, default_memory
+from polylens.training import trained_layers
+
+# What torch, transformers and a tokenizer take before any weight is loaded, as measured on Linux.
+LIBRARIES_BYTES = 600_000_000
+
+# Rows of logits in memory at a time, and their log-softmax, float32.
+_LOGIT_ROWS = 512
+
+# A layer of trained weights with their gradients; their two moments may lie in files.
+_TRAINED_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model is run.
+
+    Attributes:
+        device: where it computes.
+        dtype: what it computes in.
+        streamed: weights stay in their files, and each layer is read when it is needed.
+        needed_bytes: of memory (of the GPU's, if there is one) with all weights in it.
+        memory_bytes: that may be used.
+        scratch_bytes: of main memory, for states and the optimizer's moments; what does not fit
+            goes to memory-mapped files.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    streamed: bool
+    needed_bytes: int
+    memory_bytes: int
+    scratch_bytes: int
+
+    @property
+    def computing_name(self) -> str:
+        """The dtype's name, e.g. "float32"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def scratch(self) -> Scratch:
+        """Return room for one stage."""
+        return Scratch(self.scratch_bytes)
+
+    def sentence(self) -> str:
+        """Return the decision and its reason in words."""
+        needed, memory = (
+            f"{n_bytes / 1e9:.1f} GB" for n_bytes in (self.needed_bytes, self.memory_bytes)
+        )
+        how = (
+            f"streamed layer by layer: in memory it would take {needed}, of {memory}"
+            if self.streamed
+            else f"in memory: {needed} of {memory}"
+        )
+        return f"{self.device} in {self.computing_name}, model {how}"
+
+
+def plan_execution(facts: ModelFacts, runtime: Runtime, n_crown_layers: int = 0) -> Execution:
+    """Decide how a model is run.
+
+    Args:
+        facts: its sizes.
+        runtime: what the user asked for.
+        n_crown_layers: layers that train.
+
+    Raises:
+        ConfigError: the memory allowed is too small even for one layer.
+        ModelError: no such device.
+    """
+    device = choose_device(runtime.device)
+    stored = getattr(torch, facts.dtype)
+    dtype = (
+        computing_dtype(stored, device)
+        if runtime.dtype == "auto"
+        else getattr(torch, runtime.dtype)
+    )
+    memory = runtime.memory or default_memory()
+    layer = facts.n_layer_parameters // facts.n_layers
+    weights = facts.n_parameters * dtype.itemsize
+    crown = _TRAINED_BYTES * layer * n_crown_layers
+    logits = 2 * 4 * _LOGIT_ROWS * facts.vocab_size
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        needed = weights + 2 * crown + logits
+        return Execution(device, dtype, needed > 0.9 * free, needed, free, memory)
+    needed = LIBRARIES_BYTES + weights + max(crown, logits)
+    if needed <= memory:
+        return Execution(device, dtype, False, needed, memory, memory - needed)
+    # A layer and what its conversion leaves behind; then the crown, or the head with its logits.
+    head = facts.vocab_size * facts.hidden_size * dtype.itemsize
+    least = LIBRARIES_BYTES + max(2 * layer * dtype.itemsize, crown, head + logits)
+    if least > memory:
+        raise ConfigError(
+            f"memory must be at least {least / 1e9:.1f} GB for this model, even streamed, but is "
+            f"{memory / 1e9:.1f} GB; raise --memory, free some, or train fewer layers"
+        )
+    return Execution(device, dtype, True, needed, memory, memory - least)
+
+
+def open_model(
+    spec: str,
+    runtime: Runtime,
+    *,
+    revision: str | None = None,
+    train: TrainSettings | None = None,
+    progress: Progress = silent,
+) -> tuple[LanguageModel, Execution]:
+    """Find a model, decide how to run it, and load it so.
+
+    Args:
+        spec: folder, `.gguf` file, registry name or Hub id.
+        runtime: what the user asked for.
+        revision: branch, tag or commit of a Hub model.
+        train: how it will be trained, if it will.
+        progress: told about downloads.
+
+    Raises:
+        ModelError: no such model, or not a decoder-only language model.
+        ConfigError: too little memory.
+        DownloadError: the weights cannot be fetched.
+    """
+    source = resolve(spec, revision=revision, offline=runtime.offline, progress=progress)
+    facts = describe(source.folder, trust_remote_code=runtime.trust_remote_code)
+    n_crown_layers = 0
+    if train is not None:
+        n_crown_layers = facts.n_layers - min(trained_layers(train, facts.n_layers))
+    execution = plan_execution(facts, runtime, n_crown_layers)
+    return load_as_planned(spec, execution, runtime, revision, progress), execution
+
+
+def load_as_planned(
+    spec: str,
+    execution: Execution,
+    runtime: Runtime,
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> LanguageModel:
+    """Load a model as was decided; see `open_model`."""
+    return load_model(
+        spec,
+        revision=revision,
+        device=str(execution.device),
+        dtype=execution.dtype,
+        streamed=execution.streamed,
+        offline=runtime.offline,
+        trust_remote_code=runtime.trust_remote_code,
+        progress=progress,
+    )

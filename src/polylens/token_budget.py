@@ -1,0 +1,78 @@
+"""How many tokens a batch should have: measured on one layer of the model, on this machine.
+
+Small batches leave the processor's matrix products short of rows; large ones fall out of its
+caches. Where the best is differs by a factor of two in speed between machines and models.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from polylens.machine import keeping_freed_memory, remembered
+from polylens.models.structure import Calls, DecoderStructure
+
+_BUDGETS = (512, 1024, 2048, 4096)
+_GPU_BUDGETS = (4096, 16384, 65536)
+
+# The smallest batch within this share of the best rate is taken: it needs the least memory.
+_GOOD_ENOUGH = 0.95
+
+# Measuring may cost this share of the pass that it is for.
+_COST_RATIO = 1 / 30
+
+# Length of a prompt while measuring: that of the corpora at hand.
+_SEQ_LEN = 64
+
+
+def best_token_budget(
+    structure: DecoderStructure, n_tokens: int, memory_bytes: int | None = None
+) -> int:
+    """Return the padded tokens that a batch of this model should have on this machine.
+
+    Args:
+        structure: the model.
+        n_tokens: of the pass that it is for; for a short one nothing is measured.
+        memory_bytes: that a run may use; batches take at most an eighth of it.
+    """
+    budgets: tuple[int, ...] = _BUDGETS if structure.device.type == "cpu" else _GPU_BUDGETS
+    shapes = sorted(tuple(p.shape) for p in structure.layers[0].parameters())
+    widest = sum(max(shape) for shape in shapes if len(shape) > 1)
+    if memory_bytes is not None:
+        # Each matrix leaves its output, and what is between them about as much again.
+        of_a_token = 2 * widest * structure.dtype.itemsize
+        budgets = tuple(b for b in budgets if b * of_a_token <= memory_bytes / 8) or budgets[:1]
+    default = max((b for b in budgets if b <= 1024), default=budgets[0])
+    measured_tokens = 3 * sum(budgets)
+    if len(budgets) == 1 or n_tokens * structure.n_layers * _COST_RATIO < measured_tokens:
+        return default
+
+    def measure() -> int:
+        rates = {budget: _layer_rate(structure, budget) for budget in budgets}
+        best = max(rates.values())
+        return min(b for b, rate in rates.items() if rate >= _GOOD_ENOUGH * best)
+
+    what = f"token budget of {structure.dtype} {shapes} up to {budgets[-1]}"
+    return int(remembered(f"{structure.device.type} {what}", measure))
+
+
+@torch.no_grad()
+def _layer_rate(structure: DecoderStructure, n_tokens: int) -> float:
+    """Tokens a second of one decoder layer, by the faster of two runs after one."""
+    shape = (n_tokens // _SEQ_LEN, _SEQ_LEN)
+    states = torch.randn(*shape, structure.hidden_size).to(structure.device, structure.dtype)
+    call = Calls(structure).of_batch(*shape)[0]
+    layer: nn.Module = structure.layers[0]
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        output: Tensor = call(layer, states)
+        if output.device.type != "cpu":
+            output[0, 0, 0].item()  # wait for it
+        return time.perf_counter() - started
+
+    with structure.loaded(0, 1), keeping_freed_memory():
+        seconds()
+        return n_tokens / min(seconds(), seconds())
