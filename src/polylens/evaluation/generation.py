@@ -63,11 +63,13 @@ def generate_answers(
     progress(0, len(prompts), "answers")
     for batch in token_batches([len(ids) + max_new_tokens for ids in prompts], token_budget):
         input_ids, mask = _pad_left([prompts[index] for index in batch], pad)
-        output = generator.generate(
-            input_ids=input_ids.to(generator.device),
-            attention_mask=mask.to(generator.device),
-            generation_config=config,
-        )
+        where = model.structure.device
+        with model.structure.runnable():
+            output = generator.generate(
+                input_ids=input_ids.to(where),
+                attention_mask=mask.to(where),
+                generation_config=config,
+            )
         new = output[:, input_ids.shape[1] :].tolist()  # what follows the first stop is padding
         for index, ids in zip(batch, new, strict=True):
             end = next((i for i, token in enumerate(ids) if token in stops), len(ids))

@@ -7,6 +7,7 @@ takes.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import accelerate
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
@@ -122,6 +124,7 @@ def load_model(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     model.eval()
     if streamed:
+        _make_buffers_anew(model, computing)
         structure = stream(find_structure(model), Streaming(where, computing))
     else:
         model.to(where)  # type: ignore[arg-type] # transformers wraps the method of torch
@@ -180,6 +183,20 @@ def choose_device(device: str) -> torch.device:
             f"({_first_line(error)}); leave it out to choose automatically"
         ) from error
     return chosen
+
+
+def _make_buffers_anew(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give a model the buffers that it works out for itself as it would have them in `dtype`.
+
+    Gemma's scale of the embeddings, say, is rounded to the dtype that a model is loaded in.
+    """
+    with accelerate.init_empty_weights(include_buffers=False):
+        twin = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    stored = model.state_dict().keys()
+    for name, buffer in twin.named_buffers():
+        if name not in stored:
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._buffers[attribute] = buffer
 
 
 def _first_line(error: BaseException) -> str:

@@ -63,7 +63,7 @@ def loading_itself(
     """
     hooks = []
     entered: list[contextlib.ExitStack] = []
-    originals: list[Tensor] = []
+    originals: list[dict[str, Any]] = []
 
     def enter(module: nn.Module, args: Any) -> None:
         stack = contextlib.ExitStack()
@@ -75,12 +75,12 @@ def loading_itself(
 
     def take_rows(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows, ids = used_rows(module, args[0], to)
-        originals.append(module.weight)  # type: ignore[arg-type]
-        module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+        originals.append(dict(module.__dict__))
+        module.__dict__.update(with_rows(module, rows).__dict__)
         return (ids, *args[1:])
 
     def give_rows_back(module: nn.Module, args: Any, output: Any) -> None:
-        module._parameters["weight"] = originals.pop()  # type: ignore[assignment]
+        module.__dict__.update(originals.pop())
 
     try:
         for module in [*layers, *([head] if head is not None else [])]:
@@ -108,12 +108,14 @@ def used_rows(embedding: nn.Module, ids: Tensor, to: Streaming) -> tuple[Tensor,
 
 def with_rows(embedding: nn.Module, rows: Tensor) -> nn.Module:
     """Return a shallow copy of an embedding (with whatever scaling it does) that has other rows."""
-    copied = copy.copy(embedding)
+    copied: Any = copy.copy(embedding)
+    copied.padding_idx = None  # of the whole table; it matters to gradients alone
     copied._parameters = {
         **embedding._parameters,
         "weight": nn.Parameter(rows, requires_grad=False),
     }
-    return copied
+    found: nn.Module = copied
+    return found
 
 
 def place_small_parts(model: nn.Module, left_out: Iterable[nn.Module], to: Streaming) -> None:
