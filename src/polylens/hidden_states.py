@@ -188,7 +188,7 @@ def collect_hidden_states(
         keep: what to keep.
         token_budget: padded tokens of a batch; None takes what is fastest on this machine.
         scratch: room for the states; None takes memory without limit.
-        progress: told the tokens done, over all layers.
+        progress: told the tokens done; one is done when it has passed all layers.
 
     Returns:
         The states, on the CPU, in the order of the prompts.
@@ -302,12 +302,13 @@ class _Pass:
         with scratch.borrowed():
             self.current = self._room(scratch)
         self.done = 0
-        self.n_units = n_kept * max(1, self.n_run)
+        self.n_tokens = n_kept
+        self.n_units = n_kept * max(1, self.n_run)  # tokens through a layer
 
     def states(self) -> HiddenStates:
         """Run the pass."""
         structure, keep = self.structure, self.keep
-        self.progress(0, self.n_units, "hidden states")
+        self.progress(0, self.n_tokens, "hidden states")
         calls = Calls(structure, self.prefix_length)
         prefix = self._embed(calls)
         for index in range(self.n_run):
@@ -368,7 +369,7 @@ class _Pass:
 
     def _step(self, n_tokens: int) -> None:
         self.done = min(self.n_units, self.done + n_tokens)
-        self.progress(self.done, self.n_units, "hidden states")
+        self.progress(self.done * self.n_tokens // self.n_units, self.n_tokens, "hidden states")
 
     def _keep(self, target: Tensor | None, prefix: Tensor | None) -> None:
         """Write the states of every real token, as they are now, to where they are kept."""

@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from polylens.artefacts import readable_storage_errors
+from polylens.memory import PeakMemory
 
 LIBRARIES = ("polylens", "torch", "transformers", "tokenizers", "safetensors", "py3langid")
 
@@ -51,12 +51,13 @@ class Journal:
         """
         noted: dict[str, Any] = {}
         started = time.monotonic()
-        yield noted
+        with PeakMemory() as peak:
+            yield noted
         self._append(
             {
                 "stage": name,
                 "seconds": round(time.monotonic() - started, 3),
-                "peak_memory_bytes": peak_memory_bytes(),
+                "peak_memory_bytes": peak.bytes,
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 **noted,
                 "versions": versions(),
@@ -81,13 +82,3 @@ def versions() -> dict[str, str]:
     for library in LIBRARIES:
         found[library] = importlib.metadata.version(library)
     return found
-
-
-def peak_memory_bytes() -> int:
-    """Return this process's largest resident memory in bytes; 0 where it is not known."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,26 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Use only operations that give the same bits every time, for a while.
+
+    A CPU does so anyway; on a GPU some operations are slower, and torch refuses those that have no
+    such form.
+    """
+    if not enabled:
+        yield
+        return
+    # Read by cuBLAS when it is first used in a process.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 # Uses of `keeping_freed_memory` that are under way, one within the other.

@@ -7,10 +7,11 @@ and one that is finished is not repeated. The folder is described in docs/runs.m
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from polylens import distributed
 from polylens.artefacts import (
     load_tensors,
     read_json,
@@ -40,6 +42,7 @@ from polylens.evaluation import (
 )
 from polylens.execution import load_as_planned
 from polylens.journal import Journal, versions
+from polylens.machine import deterministic
 from polylens.merging import choose_dtype, save_model
 from polylens.model_card import model_card
 from polylens.models.loading import LanguageModel
@@ -127,6 +130,11 @@ class RunFolder:
 
 def _check_inputs(folder: RunFolder, record: Mapping[str, Any]) -> None:
     """Refuse to go on with other inputs than those that the finished stages read."""
+    if not folder.plan.exists():
+        raise RunError(
+            f"the output folder must be on storage that all processes share, but {folder.path} "
+            "is not there for one of them; choose another --out"
+        )
     before, now = read_json(folder.plan), json.loads(json.dumps(record))
     for part in ("model", "template", "corpora"):
         if before[part] != now[part]:
@@ -158,6 +166,7 @@ def enhance(
     runtime: Runtime | None = None,
     given: str | None = None,
     progress: Progress = silent,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> RunResult:
     """Make a model better in some languages, prove it, and write a report.
@@ -168,19 +177,45 @@ def enhance(
         runtime: how to carry it out.
         given: text of the configuration file as given, for the record.
         progress: told how far each piece of work is.
+        on_plan: told what is about to be done, and how.
         on_stage: told the name of each stage that starts.
 
     Raises:
         RunError: the folder holds another run, or something else.
         PolyLensError: see the stages.
     """
+    distributed.start()
     runtime = runtime or Runtime()
     folder = RunFolder(Path(out))
-    _check_folder(folder, config)
+    with distributed.first_alone():
+        _check_folder(folder, config)
     run = _Run(config, runtime, folder, progress)
-    if all(run.is_finished(stage) for stage in STAGES):
+    finished = distributed.from_first([stage for stage in STAGES if run.is_finished(stage)])
+    if len(finished) == len(STAGES):
         return RunResult(folder, Evaluation.from_dict(read_json(folder.summary)), ())
-    run.plan  # noqa: B018 - everything cheap that can be wrong is found before the folder is made
+    with distributed.first_alone():  # what is downloaded or converted, is once
+        plan = run.plan  # everything cheap that can be wrong is found before the folder is made
+        if distributed.is_first():
+            _set_up(folder, config, given, run.record())
+    _check_inputs(folder, run.record())
+    on_plan(plan)
+    done = []
+    with deterministic(runtime.deterministic):
+        for stage in STAGES:
+            if stage in finished:
+                continue
+            on_stage(stage)
+            with _noting(folder, stage) as noted:
+                run.stages[stage].do(noted)
+            distributed.wait()
+            done.append(stage)
+    return RunResult(folder, Evaluation.from_dict(read_json(folder.summary)), tuple(done))
+
+
+def _set_up(
+    folder: RunFolder, config: RunConfig, given: str | None, record: Mapping[str, Any]
+) -> None:
+    """Make the run's folder, and note in it what is about to be done."""
     with readable_storage_errors(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.evaluation.mkdir(exist_ok=True)
@@ -189,19 +224,18 @@ def enhance(
     if not folder.resolved.exists():
         write_text(folder.given, given or dump_yaml(config))
         write_text(folder.resolved, dump_yaml(config))
-    record = run.record()
     if not folder.plan.exists():
         write_json(folder.plan, record)
-    _check_inputs(folder, record)
-    done = []
-    for stage in STAGES:
-        if run.is_finished(stage):
-            continue
-        on_stage(stage)
-        with folder.journal.stage(stage) as noted:
-            run.stages[stage].do(noted)
-        done.append(stage)
-    return RunResult(folder, Evaluation.from_dict(read_json(folder.summary)), tuple(done))
+
+
+@contextlib.contextmanager
+def _noting(folder: RunFolder, stage: str) -> Iterator[dict[str, Any]]:
+    """Note a stage in the journal when it is finished; one process of several does."""
+    if not distributed.is_first():
+        yield {}
+        return
+    with folder.journal.stage(stage) as noted:
+        yield noted
 
 
 def _check_folder(folder: RunFolder, config: RunConfig) -> None:
@@ -316,7 +350,8 @@ class _Run:
             scratch=self.plan.execution.scratch(),
             progress=self.progress,
         )
-        subspaces.save(self.folder.subspaces)
+        if distributed.is_first():
+            subspaces.save(self.folder.subspaces)
         noted["tokens"] = sum(prompts.n_tokens for prompts in self.plan.probing.values())
 
     def _train(self, noted: dict[str, Any]) -> None:
@@ -331,8 +366,9 @@ class _Run:
             checkpoint=self.folder.checkpoint,
             progress=self.progress,
         )
-        delta.save(self.folder.delta)
-        self.folder.checkpoint.unlink(missing_ok=True)
+        if distributed.is_first():
+            delta.save(self.folder.delta)
+            self.folder.checkpoint.unlink(missing_ok=True)
         noted["tokens"] = self.plan.training.n_tokens
 
     def _answer_before(self, noted: dict[str, Any]) -> None:
@@ -347,18 +383,22 @@ class _Run:
         answers = answer(
             self.model, self.plan.heldout, self.config.evaluate.max_new_tokens, self.progress
         )
-        write_answers(self.folder.answers(when), answers)
+        if distributed.is_first():
+            write_answers(self.folder.answers(when), answers)
 
     def _compare(self, noted: dict[str, Any]) -> None:
-        comparison = compare(
+        (comparison,) = compare(
             self.model,
-            self.delta,
+            [self.delta],
             self.plan.heldout,
             strength=self.config.output.strength,
             dtype=self.saved_dtype,
             token_budget=self.runtime.token_budget,
+            scratch=self.plan.execution.scratch(),
             progress=self.progress,
         )
+        if not distributed.is_first():
+            return
         save_tensors(
             self.folder.map_states,
             {
@@ -378,6 +418,8 @@ class _Run:
         write_json(self.folder.summary, evaluation.to_dict())
 
     def _save_model(self, noted: dict[str, Any]) -> None:
+        if not distributed.is_first():
+            return
         dtype = self.saved_dtype
         save_model(
             self.model,
@@ -394,6 +436,8 @@ class _Run:
         noted["dtype"] = str(dtype).removeprefix("torch.")
 
     def _report(self, noted: dict[str, Any]) -> None:
+        if not distributed.is_first():
+            return
         write_text(self.folder.report, render_report(read_report_data(self.folder)))
 
 

@@ -31,7 +31,7 @@ class ProgressBars:
     """Draw a bar for each piece of work on a terminal; print a line now and then elsewhere."""
 
     def __init__(self, *, shown: bool) -> None:
-        self._shown = shown
+        self._shown = shown and not err.quiet
         self._bars: RichProgress | None = None
         self._tasks: dict[str, Any] = {}
         self._started: dict[str, float] = {}
@@ -105,7 +105,8 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str
 
 def print_json(value: Any) -> None:
     """Print a value to stdout as JSON."""
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+    if not out.quiet:
+        typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def set_up_logging(verbose: int) -> None:

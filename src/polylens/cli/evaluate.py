@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from polylens import distributed
 from polylens.artefacts import write_json
 from polylens.cli import options
 from polylens.cli.console import ProgressBars, err, out, print_json
@@ -88,7 +89,7 @@ def evaluate(
             token_budget=runtime.token_budget,
             progress=progress,
         )
-    if out_file is not None:
+    if out_file is not None and distributed.is_first():
         write_json(out_file, result.to_dict())
     if as_json:
         print_json(result.to_dict())

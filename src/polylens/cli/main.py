@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from polylens import distributed
 from polylens.cli import data, doctor, evaluate, models, probe, report, run, train
-from polylens.cli.console import err, set_up_logging
+from polylens.cli.console import err, out, set_up_logging
 from polylens.errors import PolyLensError
 from polylens.journal import versions
 
@@ -54,6 +55,9 @@ def _root(
 ) -> None:
     _state["debug"] = debug
     set_up_logging(verbose)
+    distributed.start()
+    if not distributed.is_first():  # one of several processes talks
+        out.quiet = err.quiet = True
 
 
 def main() -> None:
@@ -63,9 +67,12 @@ def main() -> None:
     except PolyLensError as error:
         if _state["debug"]:
             traceback.print_exc()
+        err.quiet = False
         err.print("[red]Error:[/red]", escape(str(error)), highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # typer has turned Ctrl-C into it, and says nothing
             err.print("Interrupted. What was finished is kept; run the same command to go on.")
+        if not end.code:
+            distributed.stop()
         raise

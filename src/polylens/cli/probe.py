@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from polylens import distributed
 from polylens.artefacts import write_text
 from polylens.cli import options
 from polylens.cli.console import ProgressBars, err, out, print_json, table
@@ -101,8 +102,9 @@ def probe(
             progress=progress,
         )
     path, page = out_folder / "subspaces.safetensors", out_folder / "probe.html"
-    subspaces.save(path)
-    write_text(page, render_probe_page(subspaces))
+    if distributed.is_first():
+        subspaces.save(path)
+        write_text(page, render_probe_page(subspaces))
     if as_json:
         print_json(_as_rows(subspaces))
         return

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from polylens import hub
+from polylens import distributed, hub
 from polylens.cli import options
 from polylens.cli.console import ProgressBars, duration, err, out, print_json, size, table
 from polylens.config import load_config
 from polylens.evaluation import Evaluation
 from polylens.languages import language_name
+from polylens.plan import Plan
 from polylens.run import STAGES, RunResult
 from polylens.run import enhance as enhance_run
 
@@ -113,6 +114,10 @@ def enhance(
                 markup=False,
             )
 
+    def explain(plan: Plan) -> None:
+        if not quiet:
+            err.print(plan.execution.sentence(), highlight=False, markup=False)
+
     with ProgressBars(shown=not quiet) as progress:
         result = enhance_run(
             config,
@@ -120,9 +125,12 @@ def enhance(
             runtime=runtime,
             given=path.read_text(encoding="utf-8") if path else None,
             progress=progress,
+            on_plan=explain,
             on_stage=announce,
         )
-    address = hub.push_model(result.folder.model, push_to_hub) if push_to_hub else None
+    address = None
+    if push_to_hub and distributed.is_first():
+        address = hub.push_model(result.folder.model, push_to_hub)
     if as_json:
         print_json({"out": str(out_folder), **result.evaluation.to_dict()})
         return

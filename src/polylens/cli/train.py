@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from polylens import distributed
 from polylens.cli import options
 from polylens.cli.console import ProgressBars, err, out, print_json
 from polylens.config import DEFAULT_MODEL, TrainSettings, check
@@ -88,7 +89,8 @@ def train(
             scratch=execution.scratch(),
             progress=progress,
         )
-    delta.save(out_file)
+    if distributed.is_first():
+        delta.save(out_file)
     log = delta.metadata["log"]
     if as_json:
         print_json({"out": str(out_file), "log": log})

@@ -6,24 +6,28 @@ one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
 
+from polylens import distributed
 from polylens.corpora import ParallelCorpus
 from polylens.crown import CrownDelta, run_crown
 from polylens.detection import LanguageDetector
 from polylens.evaluation.drift import PromptStates, StateChange, measure_change, summarise_states
 from polylens.evaluation.fidelity import detect_answers, measure_fidelity
 from polylens.evaluation.generation import generate_answers
-from polylens.evaluation.likelihood import encode_plain, score_bits
+from polylens.evaluation.likelihood import StateBatch, encode_plain, score_bits
 from polylens.evaluation.results import Answer, BeforeAfter, BitsPerByte, Evaluation
 from polylens.hidden_states import HiddenStates, Keep
+from polylens.machine import keeping_freed_memory
 from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
 from polylens.prompts import choose_format
+from polylens.scratch import Scratch
 from polylens.states_cache import cached_hidden_states
 from polylens.steps import ParallelPrompts, encode_parallel
 
@@ -99,12 +103,11 @@ def answer(
         for number, row in enumerate(heldout.prompts.rows)
         if language in row
     ]
-    texts = generate_answers(
-        model,
-        [heldout.prompts.ids[index] for _, _, index in asked],
-        max_new_tokens=max_new_tokens,
-        progress=progress,
+    prompts = [heldout.prompts.ids[index] for _, _, index in asked]
+    own = generate_answers(
+        model, distributed.own(prompts), max_new_tokens=max_new_tokens, progress=progress
     )
+    texts = distributed.collect_all(own)
     detected = detect_answers(texts, LanguageDetector(heldout.all_languages))
     answers = []
     for (language, number, _), text, found in zip(asked, texts, detected, strict=True):
@@ -116,29 +119,34 @@ def answer(
 
 def compare(
     model: LanguageModel,
-    delta: CrownDelta,
+    deltas: Sequence[CrownDelta],
     heldout: Heldout,
     *,
     strength: float = 1.0,
     dtype: torch.dtype | None = None,
     token_budget: int | None = None,
+    scratch: Scratch | None = None,
     collect: Callable[..., HiddenStates] = cached_hidden_states,
     progress: Progress = silent,
-) -> Comparison:
-    """Compare bits per byte and states, from one trunk pass for both.
+) -> list[Comparison]:
+    """Compare bits per byte and states before and after, from one trunk pass for all candidates.
 
     Args:
         model: the untouched model.
-        delta: what training changed.
+        deltas: what training changed; each costs one run of its crown.
         heldout: prompts and texts.
         strength: the dial.
         dtype: round the changed weights to it first, as a model saved in it would be.
         token_budget: padded tokens of a batch; None takes what is fastest on this machine.
+        scratch: room for the states; None takes memory without limit.
         collect: how hidden states are had.
         progress: told the tokens done.
+
+    Returns:
+        One comparison a delta, in their order.
     """
     structure = model.structure
-    keep = Keep(boundary_layers=(min(delta.layers),))
+    boundaries = tuple(sorted({min(delta.layers) for delta in deltas}))
     languages = heldout.all_languages
     texts = [
         (k, *encode_plain(model.tokenizer, text, MAX_SCORED_TOKENS))
@@ -148,21 +156,48 @@ def compare(
     texts = [(language, ids, n_bytes) for language, ids, n_bytes in texts if n_bytes > 0]
     scored = [ids for _, ids, _ in texts]
     text_states, prompt_states = (
-        collect(model, ids, keep, token_budget=token_budget, progress=progress)
+        collect(
+            model,
+            ids,
+            Keep(boundary_layers=boundaries),
+            token_budget=token_budget,
+            scratch=scratch,
+            progress=progress,
+        )
         for ids in (scored, heldout.prompts.ids)
     )
 
-    def measure() -> tuple[list[float], PromptStates]:
-        crown = run_crown(structure, text_states, token_budget=token_budget)
-        bits = score_bits(structure, crown, scored)
-        crown = run_crown(structure, prompt_states, token_budget=token_budget)
+    def measure(first: int) -> tuple[list[float], PromptStates]:
+        def run(states: HiddenStates) -> Iterator[StateBatch]:
+            return run_crown(structure, states, token_budget=token_budget, boundary_layer=first)
+
+        bits = score_bits(structure, run(text_states), scored)
+        crown = run(prompt_states)
         return bits, summarise_states(structure, crown, len(heldout.prompts.ids))
 
-    bits_before, before = measure()
-    with delta.applied(structure, strength, dtype):
-        bits_after, after = measure()
+    comparisons = []
+    with keeping_freed_memory(), structure.loaded_head():
+        untouched = {first: measure(first) for first in boundaries}
+        for number, delta in enumerate(deltas):
+            if len(deltas) > 1:
+                progress(number, len(deltas), "candidates")
+            first = min(delta.layers)
+            with delta.applied(structure, strength, dtype):
+                changed = measure(first)
+            comparisons.append(_comparison(heldout, texts, untouched[first], changed))
+    return comparisons
+
+
+def _comparison(
+    heldout: Heldout,
+    texts: Sequence[tuple[str, Sequence[int], int]],
+    untouched: tuple[list[float], PromptStates],
+    changed: tuple[list[float], PromptStates],
+) -> Comparison:
+    """Put two measurements together, language by language."""
+    (bits_before, before), (bits_after, after) = untouched, changed
     found = {}
-    for language in languages:
+    for language in heldout.all_languages:
         own = [index for index, text in enumerate(texts) if text[0] == language]
         n_bytes = sum(texts[index][2] for index in own)
         found[language] = BitsPerByte(
@@ -209,9 +244,45 @@ def summarise(
     )
 
 
+@overload
 def evaluate(
     model: LanguageModel,
     delta: CrownDelta,
+    corpus: ParallelCorpus,
+    *,
+    languages: Sequence[str],
+    central: str = ...,
+    strength: float = ...,
+    max_new_tokens: int = ...,
+    max_tokens: int = ...,
+    template: str = ...,
+    token_budget: int | None = ...,
+    scratch: Scratch | None = ...,
+    progress: Progress = ...,
+) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    model: LanguageModel,
+    delta: Sequence[CrownDelta],
+    corpus: ParallelCorpus,
+    *,
+    languages: Sequence[str],
+    central: str = ...,
+    strength: float = ...,
+    max_new_tokens: int = ...,
+    max_tokens: int = ...,
+    template: str = ...,
+    token_budget: int | None = ...,
+    scratch: Scratch | None = ...,
+    progress: Progress = ...,
+) -> list[Evaluation]: ...
+
+
+def evaluate(
+    model: LanguageModel,
+    delta: CrownDelta | Sequence[CrownDelta],
     corpus: ParallelCorpus,
     *,
     languages: Sequence[str],
@@ -221,13 +292,14 @@ def evaluate(
     max_tokens: int = 128,
     template: str = "auto",
     token_budget: int | None = None,
+    scratch: Scratch | None = None,
     progress: Progress = silent,
-) -> Evaluation:
+) -> Evaluation | list[Evaluation]:
     """Compare a model before and after on held-out parallel prompts.
 
     Args:
         model: the untouched model; it is not changed.
-        delta: from `polylens.train`.
+        delta: from `polylens.train`; with a list, all of them from one trunk pass.
         corpus: rows that training did not see.
         languages: target languages.
         central: the language to protect.
@@ -236,12 +308,17 @@ def evaluate(
         max_tokens: longest prompt.
         template: "auto", "chat", "plain" or a Jinja file.
         token_budget: padded tokens of a batch; None takes what is fastest on this machine.
+        scratch: room for the states; None takes memory without limit.
         progress: told how far each piece of work is.
+
+    Returns:
+        An evaluation, or for a list of deltas a list.
 
     Raises:
         CorpusError: a language is missing.
         LanguageError: the detector does not know a language.
     """
+    deltas = [delta] if isinstance(delta, CrownDelta) else list(delta)
     rows = corpus.select((central, *languages))
     heldout = Heldout(
         corpus=rows,
@@ -257,9 +334,18 @@ def evaluate(
         languages=tuple(languages),
     )
     before = answer(model, heldout, max_new_tokens, progress)
-    with delta.applied(model.structure, strength):
-        after = answer(model, heldout, max_new_tokens, progress)
-    comparison = compare(
-        model, delta, heldout, strength=strength, token_budget=token_budget, progress=progress
+    comparisons = compare(
+        model,
+        deltas,
+        heldout,
+        strength=strength,
+        token_budget=token_budget,
+        scratch=scratch,
+        progress=progress,
     )
-    return summarise(heldout, before, after, comparison, max_new_tokens)
+    found = []
+    for one, comparison in zip(deltas, comparisons, strict=True):
+        with one.applied(model.structure, strength):
+            after = answer(model, heldout, max_new_tokens, progress)
+        found.append(summarise(heldout, before, after, comparison, max_new_tokens))
+    return found[0] if isinstance(delta, CrownDelta) else found
