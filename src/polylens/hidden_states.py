@@ -229,6 +229,9 @@ def _put_together(
     prefix = part.prefix_length
     offsets = HiddenStates(lengths, prefix).offsets
 
+    def prompt_places(indices: list[int]) -> Tensor:
+        return torch.tensor(indices, dtype=torch.int64)
+
     def gathered(own: Tensor, n_rows: int, places: Callable[[list[int]], Tensor]) -> Tensor:
         """Send around what each process has, (n_own, ...), and write it to its places."""
         result = scratch.empty((n_rows, *own.shape[1:]), own.dtype)
@@ -242,7 +245,7 @@ def _put_together(
 
     def token_places(indices: list[int]) -> Tensor:
         own = [torch.arange(offsets[index], offsets[index + 1]) for index in indices]
-        return torch.cat([torch.arange(0), *own])
+        return torch.cat([prompt_places([]), *own])
 
     def of_tokens(own: Tensor) -> Tensor:
         result = gathered(own[prefix:], offsets[-1], token_places)
@@ -254,7 +257,7 @@ def _put_together(
     return HiddenStates(
         lengths,
         prefix,
-        None if part.pooled is None else gathered(part.pooled, len(prompts), torch.tensor),
+        None if part.pooled is None else gathered(part.pooled, len(prompts), prompt_places),
         {layer: of_tokens(kept) for layer, kept in part.boundary.items()},
         None if part.final is None else of_tokens(part.final),
     )
