@@ -18,13 +18,13 @@ from polylens.hidden_states import HiddenStates
 from polylens.journal import versions
 from polylens.machine import device_name, keeping_freed_memory, matmul_flops
 from polylens.memory import PeakMemory
-from polylens.models.loading import LanguageModel
+from polylens.models.loading import LanguageModel, choose_device
 from polylens.prompts import choose_format
 from polylens.steps import ParallelPrompts, encode_parallel, encode_texts
 
 LANGUAGES = ("en", "zh", "ja", "ko", "ar", "sw", "bn")
 RESULTS = Path(__file__).parent / "results"
-CPU = torch.device("cpu")
+DEVICE = choose_device("auto")
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,19 @@ class Timing:
 
 @contextmanager
 def timed(dtype: torch.dtype = torch.float32) -> Iterator[Timing]:
-    """Time what is done within, and measure the machine's rate around it."""
+    """Time what is done within, and measure the machine's rate in `dtype` around it."""
     timing = Timing()
     with keeping_freed_memory():
-        timing.rates.append(matmul_flops(CPU, dtype))
+        timing.rates.append(matmul_flops(DEVICE, dtype))
     with PeakMemory() as peak:
         started = time.perf_counter()
         yield timing
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
         timing.seconds = time.perf_counter() - started
     timing.peak_bytes = peak.bytes
     with keeping_freed_memory():
-        timing.rates.append(matmul_flops(CPU, dtype))
+        timing.rates.append(matmul_flops(DEVICE, dtype))
     timing.flops_per_second = sum(timing.rates) / len(timing.rates)
 
 
@@ -126,7 +128,7 @@ def record(part: str, measured: dict[str, Any]) -> None:
     """Write a part's result, with the machine that it was measured on."""
     result = {
         **measured,
-        "machine": device_name(CPU),
+        "machine": device_name(DEVICE),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),

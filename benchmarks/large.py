@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common import Data, by_language, layer_parameters, open_quietly, record, timed
+from common import DEVICE, Data, by_language, layer_parameters, open_quietly, record, timed
 from polylens.config import Runtime, TrainSettings
 from polylens.execution import plan_execution
 from polylens.hidden_states import Keep, collect_hidden_states, n_tokens_run
+from polylens.memory import PeakMemory
 from polylens.models.source import describe, resolve
 from polylens.subspaces import probe_subspaces
 from polylens.training import ParallelStates, train_crown
@@ -77,31 +78,37 @@ def write_model(folder: Path, tokenizer_of: str) -> None:
 
 
 def run(name: str, data: Data, folder: Path) -> None:
-    """Measure and record; `name` lends its tokenizer."""
+    """Measure and record; `name` lends its tokenizer.
+
+    On a GPU the model is held there and gets the whole data; on a CPU it gets `MEMORY` and a few
+    prompts.
+    """
     if not folder.exists():
         write_model(folder, name)
+    on_gpu = DEVICE.type == "cuda"
+    runtime = Runtime.model_validate({"memory": None if on_gpu else MEMORY})
     facts = describe(folder)
-    runtime = Runtime.model_validate({"memory": MEMORY, "device": "cpu", "dtype": "float32"})
     execution = plan_execution(facts, runtime, n_crown_layers=2)
-    assert execution.streamed
-    with timed() as whole:
-        model = open_quietly(str(folder), dtype="float32", streamed=True)
-        structure = model.structure
-        texts, prompts = data.texts(model, 4), data.rows(model, 4)
-        ids = [one for found in texts.values() for one in found]
-        with timed() as probing:
+    dtype = execution.dtype
+    model = open_quietly(str(folder), dtype=dtype, streamed=execution.streamed)
+    structure = model.structure
+    texts = data.texts(model, 300 if on_gpu else 4)
+    prompts = data.rows(model, 200 if on_gpu else 4)
+    ids = [one for found in texts.values() for one in found]
+    with PeakMemory() as peak:
+        with timed(dtype) as probing:
             pooled = collect_hidden_states(
                 structure, ids, Keep(pooling="last"), scratch=execution.scratch()
             )
         subspaces = probe_subspaces(by_language(pooled, texts), central="en")
-        with timed() as trunk:
+        with timed(dtype) as trunk:
             keep = Keep(boundary_layers=(structure.n_layers - 2,), final=True)
             states = collect_hidden_states(
                 structure, prompts.ids, keep, scratch=execution.scratch()
             )
-        with timed() as training:
+        with timed(dtype) as training:
             parallel = ParallelStates(states, prompts.rows, "en")
-            settings = TrainSettings(epochs=1, batch_size=2)
+            settings = TrainSettings(epochs=1, batch_size=8 if on_gpu else 2)
             train_crown(structure, subspaces, parallel, settings, scratch=execution.scratch())
     floor = 2 * layer_parameters(model) * structure.n_layers
     n_probe, n_train = n_tokens_run(ids, once=True), n_tokens_run(prompts.ids)
@@ -109,8 +116,9 @@ def run(name: str, data: Data, folder: Path) -> None:
         "model": "Llama-3-shaped, random",
         "n_parameters": facts.n_parameters,
         "bytes_on_disk": facts.n_bytes,
-        "memory_allowed": MEMORY,
-        "peak_bytes": whole.peak_bytes,
+        "how": execution.sentence(),
+        "memory_allowed": execution.memory_bytes,
+        "peak_bytes": peak.bytes,
         "n_tokens": {"probe": n_probe, "train": n_train},
         "probe": {"seconds": probing.seconds, "over_floor": probing.over_floor(floor * n_probe)},
         "trunk": {"seconds": trunk.seconds, "over_floor": trunk.over_floor(floor * n_train)},
@@ -122,13 +130,15 @@ def run(name: str, data: Data, folder: Path) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """Return the result as it stands in docs/performance.md."""
+    probing, trunk, training = result["probe"], result["trunk"], result["train"]
+    tokens = result["n_tokens"]
     return (
-        f"A {result['model']} model of {result['n_parameters'] / 1e9:.1f} billion parameters "
-        f"({result['bytes_on_disk'] / 1e9:.0f} GB in bfloat16 on disk), allowed "
-        f"{result['memory_allowed'] / 1e9:.0f} GB: the peak was {result['peak_bytes'] / 1e9:.1f} "
-        f"GB. Trunk passes over {result['n_tokens']['probe']} and {result['n_tokens']['train']} "
-        f"tokens took {result['probe']['seconds']:.0f} s ({result['probe']['over_floor']:.2f} "
-        f"times the floor) and {result['trunk']['seconds']:.0f} s "
-        f"({result['trunk']['over_floor']:.2f} times), training "
-        f"{result['train']['seconds']:.0f} s."
+        "A model of random weights and the shape of Llama 3, with "
+        f"{result['n_parameters'] / 1e9:.1f} billion parameters "
+        f"({result['bytes_on_disk'] / 1e9:.0f} GB in bfloat16 on disk; {result['how']}): the peak "
+        f"of main memory was {result['peak_bytes'] / 1e9:.1f} GB. Trunk passes over "
+        f"{tokens['probe']} and {tokens['train']} tokens took {probing['seconds']:.0f} s "
+        f"({probing['over_floor']:.2f} times the floor) and {trunk['seconds']:.0f} s "
+        f"({trunk['over_floor']:.2f} times), training the top two layers "
+        f"{training['seconds']:.0f} s."
     )

@@ -1,11 +1,13 @@
 """What the published scripts do, plainly: the yardstick of the benchmark.
 
-One prompt at a time, padded to the longest length, through the whole model with an attention mask
-and all logits; a second whole model as the reference of training; gradients of one row after the
-other. Two faults are mended, because the numbers could not be compared otherwise: states are read
-at the last real token, and the retain mean leaves pads out. Nothing here comes from the package.
+Probing: 50 texts of a language at a time, padded to the longest, through the whole model with an
+attention mask and all logits. Training: one prompt at a time through the whole model, and through a
+second whole model as the reference, with all logits; gradients add up over 8 rows. Two faults are
+mended, because the numbers could not be compared otherwise: states are read at the last real token
+rather than at a pad, and prompts keep the end of their template. Nothing here comes from the
+package.
 
-Sources: Zhao et al. 2024, Lens (arXiv 2410.04407), and its scripts.
+Source: Zhao et al. 2024, Lens (arXiv 2410.04407), and its scripts (github.com/circle-hit/Lens).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-PROBE_LENGTH, TRAIN_LENGTH = 64, 128
+PROBE_BATCH_SIZE = 50
 LEARNING_RATE, WEIGHT_DECAY, WARMUP_RATIO, BATCH_SIZE, MAX_GRAD_NORM = 1e-5, 0.1, 0.05, 8, 1.0
 
 
@@ -40,12 +42,14 @@ def probe(
     with torch.no_grad():
         for texts in prompts.values():
             states = []
-            for ids in texts:
-                output = _forward(model, ids, PROBE_LENGTH)
-                # The first is the embedding, which the package leaves out.
-                entries = [entry[0, len(ids) - 1] for entry in output.hidden_states[1:]]
-                states.append(torch.stack(entries))
-            means.append(torch.stack(states).double().mean(0))
+            for start in range(0, len(texts), PROBE_BATCH_SIZE):
+                batch = texts[start : start + PROBE_BATCH_SIZE]
+                output = _forward(model, batch)
+                for row, ids in enumerate(batch):
+                    # The first is the embedding, which the package leaves out.
+                    entries = [entry[row, len(ids) - 1] for entry in output.hidden_states[1:]]
+                    states.append(torch.stack(entries))
+            means.append(torch.stack(states).cpu().double().mean(0))
     per_layer = torch.stack(means, dim=1)  # (n_layers, n_languages, hidden_size)
     agnostic, basis = zip(*(decompose(layer_means.T) for layer_means in per_layer), strict=True)
     return per_layer, torch.stack(agnostic), torch.stack(basis)
@@ -86,7 +90,7 @@ def train(
         The losses of every step: "loss", "retain", "align.<language>", "separate.<language>".
     """
     central, *targets = languages
-    means, agnostic, basis = (entry[-1].float() for entry in subspaces)
+    means, agnostic, basis = (entry[-1].float().to(model.device) for entry in subspaces)
     unit = agnostic / agnostic.norm()
     omega = {k: (means[i] - means[0]) @ basis.T @ basis for i, k in enumerate(languages)}
     model.requires_grad_(False)
@@ -112,10 +116,9 @@ def train(
             before: dict[str, Tensor] = {}
             for language, index in rows[row].items():
                 ids = prompts[index]
-                now[language] = _forward(model, ids, TRAIN_LENGTH).hidden_states[-1][0, : len(ids)]
+                now[language] = _forward(model, [ids]).hidden_states[-1][0]
                 with torch.no_grad():
-                    output = _forward(reference, ids, TRAIN_LENGTH)
-                before[language] = output.hidden_states[-1][0, : len(ids)]
+                    before[language] = _forward(reference, [ids]).hidden_states[-1][0]
             losses = {"retain": (now[central].mean(0) - before[central].mean(0)).square().mean()}
             for language in targets:
                 pulled = (now[language][-1] - now[central][-1]) @ unit * unit
@@ -134,11 +137,18 @@ def train(
     return log
 
 
-def _forward(model: PreTrainedModel, ids: Sequence[int], length: int) -> Any:
-    padded = torch.zeros(1, length, dtype=torch.int64)
-    padded[0, : len(ids)] = torch.tensor(ids)
-    mask = (torch.arange(length) < len(ids)).long()[None]
-    return model(input_ids=padded, attention_mask=mask, output_hidden_states=True, use_cache=False)
+def _forward(model: PreTrainedModel, batch: Sequence[Sequence[int]]) -> Any:
+    padded = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.int64)
+    mask = torch.zeros_like(padded)
+    for row, ids in enumerate(batch):
+        padded[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = 1
+    return model(
+        input_ids=padded.to(model.device),
+        attention_mask=mask.to(model.device),
+        output_hidden_states=True,
+        use_cache=False,
+    )
 
 
 def _schedule(step: int, n_steps: int) -> float:

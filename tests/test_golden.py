@@ -67,7 +67,7 @@ def paper_run() -> TrainingResult:
     """The run: 200 rows, one epoch, published settings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("HF_HUB_OFFLINE", raising=False)
-        model = load_model("smollm2-135m-instruct")
+        model = load_model("smollm2-135m-instruct", dtype="float32")
     prompt_format = PromptFormat(LLAMA_3_AS_TEXT, "llama-3 as text")
     ids: list[list[int]] = []
     rows: list[dict[str, int]] = []

@@ -6,10 +6,12 @@ Decided from sizes alone, before any weight is read, so that it can be shown and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from polylens import distributed
 from polylens.config import Runtime, TrainSettings
 from polylens.errors import ConfigError
 from polylens.machine import computing_dtype
@@ -25,8 +27,8 @@ LIBRARIES_BYTES = 600_000_000
 # Rows of logits in memory at a time, and their log-softmax, float32.
 _LOGIT_ROWS = 512
 
-# A layer of trained weights with their gradients; their two moments may lie in files.
-_TRAINED_BYTES = 8
+# Of the memory that may be used, what the activations of a batch may take.
+_BATCH_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Execution:
         streamed: weights stay in their files, and each layer is read when it is needed.
         needed_bytes: of memory (of the GPU's, if there is one) with all weights in it.
         memory_bytes: that may be used.
-        scratch_bytes: of main memory, for states and the optimizer's moments; what does not fit
-            goes to memory-mapped files.
+        scratch_bytes: of main memory, for states, weights in training, their gradients and the
+            optimizer's moments; what does not fit goes to memory-mapped files.
+        batch_bytes: for the activations of a batch.
     """
 
     device: torch.device
@@ -49,6 +52,7 @@ class Execution:
     needed_bytes: int
     memory_bytes: int
     scratch_bytes: int
+    batch_bytes: int
 
     @property
     def computing_name(self) -> str:
@@ -57,7 +61,7 @@ class Execution:
 
     def scratch(self) -> Scratch:
         """Return room for one stage."""
-        return Scratch(self.scratch_bytes)
+        return Scratch(self.scratch_bytes, batch_bytes=self.batch_bytes)
 
     def sentence(self) -> str:
         """Return the decision and its reason in words."""
@@ -72,13 +76,16 @@ class Execution:
         return f"{self.device} in {self.computing_name}, model {how}"
 
 
-def plan_execution(facts: ModelFacts, runtime: Runtime, n_crown_layers: int = 0) -> Execution:
+def plan_execution(
+    facts: ModelFacts, runtime: Runtime, *, n_crown_layers: int = 0, with_head: bool = True
+) -> Execution:
     """Decide how a model is run.
 
     Args:
         facts: its sizes.
         runtime: what the user asked for.
-        n_crown_layers: layers that train.
+        n_crown_layers: layers that train; they do so where the model is.
+        with_head: logits are needed, as for evaluation.
 
     Raises:
         ConfigError: the memory allowed is too small even for one layer.
@@ -92,26 +99,29 @@ def plan_execution(facts: ModelFacts, runtime: Runtime, n_crown_layers: int = 0)
         else getattr(torch, runtime.dtype)
     )
     memory = runtime.memory or default_memory()
+    batch = int(_BATCH_SHARE * memory)
     layer = facts.n_layer_parameters // facts.n_layers
     weights = facts.n_parameters * dtype.itemsize
-    crown = _TRAINED_BYTES * layer * n_crown_layers
-    logits = 2 * 4 * _LOGIT_ROWS * facts.vocab_size
+    logits = 2 * 4 * _LOGIT_ROWS * facts.vocab_size if with_head else 0
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        needed = weights + 2 * crown + logits
-        return Execution(device, dtype, needed > 0.9 * free, needed, free, memory)
-    needed = LIBRARIES_BYTES + weights + max(crown, logits)
-    if needed <= memory:
-        return Execution(device, dtype, False, needed, memory, memory - needed)
-    # A layer and what its conversion leaves behind; then the crown, or the head with its logits.
-    head = facts.vocab_size * facts.hidden_size * dtype.itemsize
-    least = LIBRARIES_BYTES + max(2 * layer * dtype.itemsize, crown, head + logits)
-    if least > memory:
+        needed = weights + 16 * layer * n_crown_layers + logits
+        batch = int(_BATCH_SHARE * free)
+        return Execution(device, dtype, needed + batch > free, needed, free, memory, batch)
+    needed = LIBRARIES_BYTES + weights + logits
+    room = memory - batch - needed
+    if room >= 0:
+        return Execution(device, dtype, False, needed, memory, room, batch)
+    # A layer and what its conversion leaves behind; or the head with its logits.
+    head = facts.vocab_size * facts.hidden_size * dtype.itemsize if with_head else 0
+    least = LIBRARIES_BYTES + max(2 * layer * dtype.itemsize, head + logits)
+    room = memory - batch - least
+    if room < 0:
         raise ConfigError(
-            f"memory must be at least {least / 1e9:.1f} GB for this model, even streamed, but is "
-            f"{memory / 1e9:.1f} GB; raise --memory, free some, or train fewer layers"
+            f"memory must be at least {least / (1 - _BATCH_SHARE) / 1e9:.1f} GB for this model, "
+            f"even streamed, but is {memory / 1e9:.1f} GB; raise --memory or free some"
         )
-    return Execution(device, dtype, True, needed, memory, memory - least)
+    return Execution(device, dtype, True, needed, memory, room, batch)
 
 
 def open_model(
@@ -119,7 +129,8 @@ def open_model(
     runtime: Runtime,
     *,
     revision: str | None = None,
-    train: TrainSettings | None = None,
+    train: Sequence[TrainSettings] = (),
+    with_head: bool = False,
     progress: Progress = silent,
 ) -> tuple[LanguageModel, Execution]:
     """Find a model, decide how to run it, and load it so.
@@ -128,7 +139,8 @@ def open_model(
         spec: folder, `.gguf` file, registry name or Hub id.
         runtime: what the user asked for.
         revision: branch, tag or commit of a Hub model.
-        train: how it will be trained, if it will.
+        train: how it will be trained, if it will; several times, perhaps.
+        with_head: logits are needed, as for evaluation.
         progress: told about downloads.
 
     Raises:
@@ -136,12 +148,13 @@ def open_model(
         ConfigError: too little memory.
         DownloadError: the weights cannot be fetched.
     """
-    source = resolve(spec, revision=revision, offline=runtime.offline, progress=progress)
+    with distributed.first_alone():  # what is downloaded or converted, is once
+        source = resolve(spec, revision=revision, offline=runtime.offline, progress=progress)
     facts = describe(source.folder, trust_remote_code=runtime.trust_remote_code)
-    n_crown_layers = 0
-    if train is not None:
-        n_crown_layers = facts.n_layers - min(trained_layers(train, facts.n_layers))
-    execution = plan_execution(facts, runtime, n_crown_layers)
+    sizes = [facts.n_layers - min(trained_layers(one, facts.n_layers)) for one in train]
+    execution = plan_execution(
+        facts, runtime, n_crown_layers=max(sizes, default=0), with_head=with_head
+    )
     return load_as_planned(spec, execution, runtime, revision, progress), execution
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -79,7 +80,7 @@ class HiddenStates:
     boundary: Mapping[int, Tensor] = field(default_factory=dict)
     final: Tensor | None = None
 
-    @property
+    @cached_property
     def offsets(self) -> list[int]:
         """Where each prompt's own tokens begin; one more entry for the end."""
         own = self.lengths - self.prefix_length
@@ -88,8 +89,7 @@ class HiddenStates:
 
     def tokens(self, kept: Tensor, prompt: int) -> Tensor:
         """Return one prompt's states, (n_tokens, hidden_size), out of `final` or a boundary."""
-        start = self.prefix_length + int((self.lengths[:prompt] - self.prefix_length).sum())
-        own = kept[start : start + int(self.lengths[prompt]) - self.prefix_length]
+        own = kept[self.offsets[prompt] : self.offsets[prompt + 1]]
         return torch.cat([kept[: self.prefix_length], own])
 
 
@@ -195,7 +195,7 @@ def collect_hidden_states(
     """
     scratch = scratch or Scratch()
     lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.int64)
-    budget = token_budget or best_token_budget(structure, int(lengths.sum()), scratch.budget_bytes)
+    budget = token_budget or best_token_budget(structure, int(lengths.sum()), scratch.batch_bytes)
     # Where one state a prompt is kept, prompts that occur twice are run once.
     unique = list(prompts) if keep.tokens else list(dict.fromkeys(map(tuple, prompts)))
     prefix_length = shared_prefix_length(unique) if structure.can_share_prefix else 0

@@ -16,6 +16,7 @@ from polylens.artefacts import write_text, writing
 from polylens.crown import CrownDelta
 from polylens.models.loading import LanguageModel
 from polylens.models.source import describe
+from polylens.scratch import Scratch
 
 # With less than a tenth of the change lost to rounding, the saved model is the trained one for all
 # purposes; the loss measured on SmolLM2 with the published settings is in docs/performance.md.
@@ -105,12 +106,12 @@ def save_model(
         # Changed in float32 and rounded once, whatever dtype the model computes in.
         weights = dict(delta.weights(model.structure, strength, dtype))
         cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+        # What was too large for memory is too large for it now.
+        scratch = Scratch(None if model.structure.streaming is None else 0)
         for name, tensor in model.causal_lm.state_dict().items():
             if name not in weights:
                 if tensor.data_ptr() not in cast:
-                    cast[tensor.data_ptr()] = (
-                        tensor.to(dtype) if tensor.is_floating_point() else tensor
-                    )
+                    cast[tensor.data_ptr()] = _cast(tensor, dtype, scratch)
                 weights[name] = cast[tensor.data_ptr()]
         model.causal_lm.save_pretrained(temporary, state_dict=weights)
         del weights, cast
@@ -118,6 +119,12 @@ def save_model(
         _set_dtype(temporary / "config.json", dtype)
         if card is not None:
             write_text(temporary / "README.md", card)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, scratch: Scratch) -> torch.Tensor:
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    return scratch.empty(tuple(tensor.shape), dtype).copy_(tensor)
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -139,7 +139,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
         config.evaluate.extra_languages,
     )
     n_crown_layers = facts.n_layers - min(layers)
-    execution = plan_execution(facts, runtime, n_crown_layers)
+    execution = plan_execution(facts, runtime, n_crown_layers=n_crown_layers)
     return Plan(
         config=config,
         source=source,
@@ -191,8 +191,8 @@ def _cost(
     states = execution.dtype.itemsize * facts.hidden_size * 2 * own + 4 * facts.hidden_size * (
         facts.n_layers + 1
     ) * len(texts)
-    moments = int(8 * n_layer * n_crown_layers)
-    room = states + moments
+    # Weights in training, their gradients, and two moments of the optimizer, float32.
+    room = states + int(16 * n_layer * n_crown_layers)
     if execution.streamed:
         memory = execution.memory_bytes - execution.scratch_bytes
     else:

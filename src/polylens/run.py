@@ -46,6 +46,7 @@ from polylens.machine import deterministic
 from polylens.merging import choose_dtype, save_model
 from polylens.model_card import model_card
 from polylens.models.loading import LanguageModel
+from polylens.models.source import resolve
 from polylens.plan import Plan, make_plan
 from polylens.progress import Progress, silent
 from polylens.report import ReportData, render_report
@@ -194,9 +195,11 @@ def enhance(
     if len(finished) == len(STAGES):
         return RunResult(folder, Evaluation.from_dict(read_json(folder.summary)), ())
     with distributed.first_alone():  # what is downloaded or converted, is once
-        plan = run.plan  # everything cheap that can be wrong is found before the folder is made
-        if distributed.is_first():
-            _set_up(folder, config, given, run.record())
+        resolve(config.model, revision=config.revision, offline=runtime.offline, progress=progress)
+    plan = run.plan  # everything cheap that can be wrong is found before the folder is made
+    if distributed.is_first():
+        _set_up(folder, config, given, run.record())
+    distributed.wait()
     _check_inputs(folder, run.record())
     on_plan(plan)
     done = []

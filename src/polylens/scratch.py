@@ -37,12 +37,19 @@ class Scratch:
 
     Attributes:
         budget_bytes: of the tensors that may be in memory; None sets no limit.
+        batch_bytes: that the activations of a batch should take at most; None sets no limit.
         used_bytes: of those handed out in memory.
         spilled_bytes: of those handed out in files.
     """
 
-    def __init__(self, budget_bytes: int | None = None, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        budget_bytes: int | None = None,
+        folder: Path | None = None,
+        batch_bytes: int | None = None,
+    ) -> None:
         self.budget_bytes = budget_bytes
+        self.batch_bytes = batch_bytes
         self.used_bytes = 0
         self.spilled_bytes = 0
         self._folder = folder

@@ -54,7 +54,7 @@ def cached_hidden_states(
         StorageError: the cache cannot be read or written.
     """
     token_budget = token_budget or best_token_budget(
-        model.structure, sum(map(len, prompts)), scratch.budget_bytes if scratch else None
+        model.structure, sum(map(len, prompts)), scratch.batch_bytes if scratch else None
     )
     folder = cache_folder() / "states"
     path = folder / f"{_key(model, prompts, keep, token_budget)}.safetensors"

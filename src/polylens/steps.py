@@ -319,6 +319,7 @@ def train_prompts(
     *,
     settings: Sequence[TrainSettings],
     seed: int,
+    boundaries: tuple[int, ...] | None = None,
     token_budget: int | None = None,
     scratch: Scratch | None = None,
     collect: Collect = cached_hidden_states,
@@ -327,19 +328,21 @@ def train_prompts(
 ) -> Iterator[CrownDelta]:
     """Train from prompts, one crown for each of `settings`; see `train`.
 
+    `boundaries` are the layers whose input is kept; None takes those that `settings` begin at.
+
     Yields:
         The deltas, in the order of `settings`, each as soon as it is there.
     """
     assert len(settings) == 1 or checkpoint is None
     structure = model.structure
     layers = [trained_layers(one, structure.n_layers) for one in settings]
-    boundaries = tuple(sorted({min(one) for one in layers}))
-    states = collect(
+    states = states_of_prompts(
         model,
-        prompts.ids,
-        Keep(boundary_layers=boundaries, final=True),
+        prompts,
+        boundaries or boundaries_of(settings, structure.n_layers),
         token_budget=token_budget,
         scratch=scratch,
+        collect=collect,
         progress=progress,
     )
     parallel = ParallelStates(states, prompts.rows, subspaces.central)
@@ -370,6 +373,32 @@ def train_prompts(
             "versions": versions(),
         }
         yield CrownDelta(result.changes, metadata)
+
+
+def boundaries_of(settings: Sequence[TrainSettings], n_layers: int) -> tuple[int, ...]:
+    """Return the layers at which the crowns of some settings begin, ascending, each once."""
+    return tuple(sorted({min(trained_layers(one, n_layers)) for one in settings}))
+
+
+def states_of_prompts(
+    model: LanguageModel,
+    prompts: ParallelPrompts,
+    boundaries: tuple[int, ...],
+    *,
+    token_budget: int | None = None,
+    scratch: Scratch | None = None,
+    collect: Collect = cached_hidden_states,
+    progress: Progress = silent,
+) -> HiddenStates:
+    """Make the trunk pass that any number of crowns are trained from."""
+    return collect(
+        model,
+        prompts.ids,
+        Keep(boundary_layers=boundaries, final=True),
+        token_budget=token_budget,
+        scratch=scratch,
+        progress=progress,
+    )
 
 
 def _collect(

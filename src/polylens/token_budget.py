@@ -27,23 +27,27 @@ _COST_RATIO = 1 / 30
 _SEQ_LEN = 64
 
 
+def activation_bytes(structure: DecoderStructure) -> int:
+    """Return about how many bytes one token's activations take in one decoder layer."""
+    widest = sum(max(p.shape) for p in structure.layers[0].parameters() if p.ndim > 1)
+    # Each matrix leaves its output, and what is between them is about as much again.
+    return 2 * widest * structure.dtype.itemsize
+
+
 def best_token_budget(
-    structure: DecoderStructure, n_tokens: int, memory_bytes: int | None = None
+    structure: DecoderStructure, n_tokens: int, batch_bytes: int | None = None
 ) -> int:
     """Return the padded tokens that a batch of this model should have on this machine.
 
     Args:
         structure: the model.
         n_tokens: of the pass that it is for; for a short one nothing is measured.
-        memory_bytes: that a run may use; batches take at most an eighth of it.
+        batch_bytes: that the activations of a batch should take at most.
     """
     budgets: tuple[int, ...] = _BUDGETS if structure.device.type == "cpu" else _GPU_BUDGETS
-    shapes = sorted(tuple(p.shape) for p in structure.layers[0].parameters())
-    widest = sum(max(shape) for shape in shapes if len(shape) > 1)
-    if memory_bytes is not None:
-        # Each matrix leaves its output, and what is between them about as much again.
-        of_a_token = 2 * widest * structure.dtype.itemsize
-        budgets = tuple(b for b in budgets if b * of_a_token <= memory_bytes / 8) or budgets[:1]
+    if batch_bytes is not None:
+        fitting = tuple(b for b in budgets if b * activation_bytes(structure) <= batch_bytes)
+        budgets = fitting or budgets[:1]
     default = max((b for b in budgets if b <= 1024), default=budgets[0])
     measured_tokens = 3 * sum(budgets)
     if len(budgets) == 1 or n_tokens * structure.n_layers * _COST_RATIO < measured_tokens:
@@ -54,6 +58,7 @@ def best_token_budget(
         best = max(rates.values())
         return min(b for b, rate in rates.items() if rate >= _GOOD_ENOUGH * best)
 
+    shapes = sorted(tuple(p.shape) for p in structure.layers[0].parameters())
     what = f"token budget of {structure.dtype} {shapes} up to {budgets[-1]}"
     return int(remembered(f"{structure.device.type} {what}", measure))
 

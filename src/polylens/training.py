@@ -32,7 +32,7 @@ from polylens.models.structure import Calls, DecoderStructure
 from polylens.progress import Progress, silent
 from polylens.scratch import Scratch
 from polylens.subspaces import Subspaces
-from polylens.token_budget import best_token_budget
+from polylens.token_budget import activation_bytes, best_token_budget
 
 logger = logging.getLogger(__name__)
 
@@ -149,51 +149,70 @@ def train_crown(
     """
     scratch = scratch or Scratch()
     n_tokens = settings.epochs * int(parallel.states.lengths.sum())
-    token_budget = token_budget or best_token_budget(structure, n_tokens, scratch.budget_bytes)
+    token_budget = token_budget or best_token_budget(structure, n_tokens, scratch.batch_bytes)
     crown = Crown(structure, trained_layers(settings, structure.n_layers))
-    objective = _Objective(subspaces, parallel, settings, crown, token_budget)
+    graph_tokens = _graph_tokens(structure, len(crown.layers), scratch)
+    objective = _Objective(subspaces, parallel, settings, crown, token_budget, graph_tokens)
     n_rows = len(parallel.rows)
     n_steps = settings.epochs * math.ceil(n_rows / settings.batch_size)
     named = dict(crown.named_trainable())
     with scratch.borrowed():
+        _make_room(named, scratch)
         optimizer = _optimizer(named, settings, scratch)
     log: list[dict[str, float]] = []
     if checkpoint is not None and checkpoint.exists():
         log = _resume(checkpoint, named, optimizer)
     saver = _Saver(checkpoint if distributed.is_first() else None, named, optimizer)
     progress(len(log), n_steps, "training")
-    for step in range(len(log), n_steps):
-        rows = _rows_of_step(step, n_rows, settings.batch_size, seed)
-        for parameter in named.values():
-            parameter.grad = None
-        with keeping_freed_memory():
+    with keeping_freed_memory():
+        for step in range(len(log), n_steps):
+            rows = _rows_of_step(step, n_rows, settings.batch_size, seed)
+            optimizer.zero_grad(set_to_none=False)
             loss, parts = objective.backward(rows)
-        _check(loss, log, step, saver)
-        norm = torch.nn.utils.clip_grad_norm_(named.values(), settings.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise TrainingError(
-                f"gradients must be finite, but are not at step {step}; lower train.learning_rate"
-                + saver.where()
+            _check(loss, log, step, saver)
+            norm = torch.nn.utils.clip_grad_norm_(named.values(), settings.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise TrainingError(
+                    f"gradients must be finite, but are not at step {step}; lower "
+                    f"train.learning_rate{saver.where()}"
+                )
+            learning_rate = settings.learning_rate * schedule(step, n_steps, settings.warmup_ratio)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+            log.append(
+                {
+                    "step": step,
+                    "learning_rate": learning_rate,
+                    "loss": loss,
+                    "gradient_norm": float(norm),
+                    **parts,
+                }
             )
-        learning_rate = settings.learning_rate * schedule(step, n_steps, settings.warmup_ratio)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-        log.append(
-            {
-                "step": step,
-                "learning_rate": learning_rate,
-                "loss": loss,
-                "gradient_norm": float(norm),
-                **parts,
-            }
-        )
-        saver.maybe_save(log)
-        progress(step + 1, n_steps, "training")
-    for parameter in named.values():
-        parameter.grad = None
+            saver.maybe_save(log)
+            progress(step + 1, n_steps, "training")
+    optimizer.zero_grad()
     optimizer.state.clear()
     return TrainingResult(crown.into_changes(), log)
+
+
+def _graph_tokens(structure: DecoderStructure, n_crown_layers: int, scratch: Scratch) -> int:
+    """Tokens whose activations are kept at once, for the backward pass."""
+    if scratch.batch_bytes is None:
+        return _MAX_GRAPH_TOKENS
+    fitting = scratch.batch_bytes // (activation_bytes(structure) * n_crown_layers)
+    return min(_MAX_GRAPH_TOKENS, fitting)
+
+
+def _make_room(named: Mapping[str, torch.nn.Parameter], scratch: Scratch) -> None:
+    """Give weights in training, and their gradients, places that may lie in files."""
+    for parameter in named.values():
+        if parameter.device.type != "cpu":
+            parameter.grad = torch.zeros_like(parameter)
+            continue
+        shape = tuple(parameter.shape)
+        parameter.data = scratch.empty(shape, parameter.dtype).copy_(parameter.data)
+        parameter.grad = scratch.zeros(shape, parameter.dtype)
 
 
 def _optimizer(
@@ -250,6 +269,7 @@ class _Objective:
         settings: TrainSettings,
         crown: Crown,
         token_budget: int,
+        graph_tokens: int,
     ) -> None:
         structure = crown.structure_[0]
         layer = state_layer(settings, structure.n_layers)
@@ -257,6 +277,7 @@ class _Objective:
         self._settings = settings
         self._crown = crown
         self._token_budget = token_budget
+        self._graph_tokens = graph_tokens
         self._offsets = parallel.states.offsets
         self._boundary = parallel.states.boundary[crown.boundary_layer]
         self._calls = Calls(structure, parallel.states.prefix_length)
@@ -290,9 +311,6 @@ class _Objective:
                 sums[index] += torch.tensor([float(values.detach().double().sum()), len(values)])
         parameters = [parameter for _, parameter in self._crown.named_trainable()]
         if distributed.size() > 1:
-            for parameter in parameters:
-                if parameter.grad is None:  # no row came to this process
-                    parameter.grad = torch.zeros_like(parameter)
             sums = sums.to(self._device, torch.float32 if self._device.type == "mps" else None)
             distributed.add_up([sums, *(p.grad for p in parameters if p.grad is not None)])
         parts, loss = {}, 0.0
@@ -322,7 +340,7 @@ class _Objective:
             own = sum(
                 self._offsets[i + 1] - self._offsets[i] for i in self._parallel.rows[row].values()
             )
-            if group and n_tokens + own > _MAX_GRAPH_TOKENS:
+            if group and n_tokens + own > self._graph_tokens:
                 yield group
                 group, n_tokens = [], 0
             group.append(row)
@@ -407,9 +425,7 @@ class _Objective:
         """The untouched model's states of a prompt, (n_tokens, hidden_size)."""
         states = self._parallel.states
         assert states.final is not None
-        own = states.final[self._offsets[prompt] : self._offsets[prompt + 1]]
-        whole = torch.cat([states.final[: states.prefix_length], own])
-        return self._final(whole.to(self._device).float())
+        return self._final(states.tokens(states.final, prompt).to(self._device).float())
 
     def _pooled(self, states: Tensor) -> Tensor:
         """Reduce a prompt's states to what the losses compare; "all" keeps every token."""

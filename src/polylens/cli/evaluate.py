@@ -73,6 +73,7 @@ def evaluate(
             model or DEFAULT_MODEL,
             runtime,
             revision=revision,
+            with_head=True,
             progress=progress,
         )
         if not quiet:
@@ -87,6 +88,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             template=template or "auto",
             token_budget=runtime.token_budget,
+            scratch=execution.scratch(),
             progress=progress,
         )
     if out_file is not None and distributed.is_first():

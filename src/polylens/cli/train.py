@@ -73,7 +73,7 @@ def train(
             model or DEFAULT_MODEL,
             runtime,
             revision=revision,
-            train=chosen,
+            train=[chosen],
             progress=progress,
         )
         if not quiet:
