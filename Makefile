@@ -33,8 +33,9 @@ docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
+# Half an hour on two cores; fetches Qwen2.5-Coder-1.5B (1.1 GB). `make bench ARGS="method --share 20"` is short.
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) site runs build dist .mypy_cache .ruff_cache .pytest_cache

@@ -27,7 +27,8 @@ LIBRARIES_BYTES = 600_000_000
 # Rows of logits in memory at a time, and their log-softmax, float32.
 _LOGIT_ROWS = 512
 
-# Of the memory that may be used, what the activations of a batch may take.
+# Of the memory that may be used, what the activations of a batch may take; and as much again for
+# blocks that were freed and do not fit what is asked for next.
 _BATCH_SHARE = 1 / 8
 
 
@@ -107,19 +108,20 @@ def plan_execution(
         free, _ = torch.cuda.mem_get_info(device)
         needed = weights + 16 * layer * n_crown_layers + logits
         batch = int(_BATCH_SHARE * free)
-        return Execution(device, dtype, needed + batch > free, needed, free, memory, batch)
+        return Execution(device, dtype, needed + 2 * batch > free, needed, free, memory, batch)
     needed = LIBRARIES_BYTES + weights + logits
-    room = memory - batch - needed
+    room = memory - 2 * batch - needed
     if room >= 0:
         return Execution(device, dtype, False, needed, memory, room, batch)
     # A layer and what its conversion leaves behind; or the head with its logits.
     head = facts.vocab_size * facts.hidden_size * dtype.itemsize if with_head else 0
     least = LIBRARIES_BYTES + max(2 * layer * dtype.itemsize, head + logits)
-    room = memory - batch - least
+    room = memory - 2 * batch - least
     if room < 0:
+        enough = least / (1 - 2 * _BATCH_SHARE)
         raise ConfigError(
-            f"memory must be at least {least / (1 - _BATCH_SHARE) / 1e9:.1f} GB for this model, "
-            f"even streamed, but is {memory / 1e9:.1f} GB; raise --memory or free some"
+            f"memory must be at least {enough / 1e9:.1f} GB for this model, even streamed, but is "
+            f"{memory / 1e9:.1f} GB; raise --memory or free some"
         )
     return Execution(device, dtype, True, needed, memory, room, batch)
 
