@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from polylens.config import PRESETS, RunConfig, TrainSettings, dump_yaml, load_config
+from polylens.config import (
+    PRESETS,
+    RunConfig,
+    Runtime,
+    TrainSettings,
+    check,
+    dump_yaml,
+    load_config,
+)
 from polylens.errors import ConfigError
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").rglob("*.yaml"))
@@ -116,3 +124,13 @@ def test_every_example_parses(path: Path) -> None:
 
 def test_there_are_examples() -> None:
     assert len(EXAMPLES) >= 7
+
+
+@pytest.mark.parametrize("memory", ["4QB", "0", "-1", "much"])
+def test_memory_must_be_a_size(memory: str) -> None:
+    with pytest.raises(ConfigError, match="memory: "):
+        check(Runtime, {"memory": memory})
+
+
+def test_memory_is_read_with_its_unit() -> None:
+    assert check(Runtime, {"memory": "1.5GB"}).memory == 1_500_000_000

@@ -244,6 +244,7 @@ class Runtime(_Settings):
     )
     memory: ByteSize | None = Field(
         None,
+        gt=0,
         description="Memory to use, e.g. 4GB; what does not fit is streamed from, or put in, files."
         " Default: four fifths of what is free.",
     )
