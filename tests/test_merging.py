@@ -36,6 +36,16 @@ def test_plain_transformers_gives_the_same_logits(
     assert (tmp_path / "model/README.md").read_text() == "# card"
 
 
+def test_what_is_computed_in_float32_whatever_the_dtype_is_saved_so(tmp_path: Path) -> None:
+    """A router's bias decides which experts run: rounded, it would choose others."""
+    model = wrap_model(build("deepseek_v3"), tiny_tokenizer())
+    save_model(model, random_delta(model), tmp_path / "model", dtype=torch.bfloat16)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").state_dict()
+    kinds = {name.rpartition(".")[2]: tensor.dtype for name, tensor in saved.items()}
+    assert kinds["e_score_correction_bias"] == torch.float32
+    assert kinds["weight"] == torch.bfloat16
+
+
 def test_saving_leaves_the_model_as_it_was(llama: LanguageModel, tmp_path: Path) -> None:
     before = logits(llama)
     save_model(llama, random_delta(llama), tmp_path / "model", dtype=torch.bfloat16)

@@ -42,7 +42,7 @@ def both(folder: Path) -> tuple[LanguageModel, LanguageModel]:
     """The same model, streamed and in memory."""
     streamed = load_model(folder, dtype="float32", streamed=True)
     assert streamed.structure.streaming is not None
-    assert next(streamed.causal_lm.parameters()).dtype == torch.bfloat16
+    assert {p.dtype for p in streamed.structure.layers.parameters()} <= {torch.bfloat16}
     return streamed, load_model(folder, dtype="float32")
 
 
@@ -119,4 +119,5 @@ def test_a_memory_limit_streams_and_spills(tmp_path: Path, monkeypatch: pytest.M
     model, execution = open_model(str(folder), Runtime.model_validate({"memory": needed}))
     assert execution.streamed
     assert model.structure.streaming is not None
-    assert execution.scratch().batch_bytes == needed // 8
+    batch_bytes = execution.scratch().batch_bytes  # a power of two
+    assert needed // 16 < batch_bytes <= needed // 8

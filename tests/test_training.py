@@ -239,6 +239,21 @@ def test_a_damaged_checkpoint_is_ignored(llama: LanguageModel, tmp_path: Path) -
     assert again.log == whole.log
 
 
+def test_a_checkpoint_of_another_training_is_refused(llama: LanguageModel, tmp_path: Path) -> None:
+    subspaces, parallel = setting(llama)
+    path = tmp_path / "checkpoint.safetensors"
+
+    def start(**changes: object) -> None:
+        settings = TrainSettings(**{**SETTINGS, **changes})
+        train_crown(llama.structure, subspaces, parallel, settings, checkpoint=path)
+
+    start()
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="delete it or give another path"):
+        start(learning_rate=0.5)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("off", ["align_weight", "separate_weight", "retain_weight"])
 def test_each_weight_can_be_zero(llama: LanguageModel, off: str) -> None:
     result = train(llama, **{off: 0.0})

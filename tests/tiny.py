@@ -66,6 +66,35 @@ def _gpt2() -> PreTrainedModel:
     return _with_fixed_weights(lambda: hf.GPT2LMHeadModel(config))
 
 
+def _bloom() -> PreTrainedModel:
+    """Its decoder takes its layers' states out of tuples; positions are a bias of attention."""
+    config = hf.BloomConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        n_layer=N_LAYERS,
+        n_head=4,
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+    )
+    return _with_fixed_weights(lambda: hf.BloomForCausalLM(config))
+
+
+def _gemma3_with_vision() -> PreTrainedModel:
+    """A language model inside a larger one, as Gemma 3 from 4 billion parameters up."""
+    text = build("gemma3").config.to_dict()
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = hf.Gemma3Config(text_config=text, vision_config=vision)
+    return _with_fixed_weights(lambda: hf.Gemma3ForConditionalGeneration(config))
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _family(hf.LlamaForCausalLM, hf.LlamaConfig),
     "qwen2": _family(hf.Qwen2ForCausalLM, hf.Qwen2Config),
@@ -93,6 +122,29 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "mixtral": _family(hf.MixtralForCausalLM, hf.MixtralConfig, num_local_experts=4),
     "gpt2": _gpt2,
+    "bloom": _bloom,
+    "gemma3_with_vision": _gemma3_with_vision,
+    # A memory beside keys and values: prefixes cannot be shared.
+    "lfm2": _family(
+        hf.Lfm2ForCausalLM, hf.Lfm2Config, layer_types=["conv", "full_attention"] * (N_LAYERS // 2)
+    ),
+    # Latent attention, and a buffer in each router.
+    "deepseek_v3": _family(
+        hf.DeepseekV3ForCausalLM,
+        hf.DeepseekV3Config,
+        num_key_value_heads=4,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+    ),
 }
 
 

@@ -28,8 +28,8 @@ class Crown(nn.Module):
     """A trainable float32 copy of decoder layers `boundary_layer` and up.
 
     The update of a step is far below the spacing of bfloat16 numbers, so the weights in training
-    are float32 whatever the model's dtype; where the model computes in a narrower dtype, autocast
-    does too.
+    are float32 whatever the model's dtype; where the model computes in bfloat16, autocast does too.
+    Not in float16, whose smallest numbers are larger than most gradients here.
 
     Attributes:
         boundary_layer: the first layer of the crown.
@@ -67,8 +67,8 @@ class Crown(nn.Module):
             or (batch, hidden_size) with `last`.
         """
         structure = self.structure_[0]
-        narrow = structure.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(boundary.device.type, structure.dtype, enabled=narrow):
+        narrow = structure.dtype == torch.bfloat16
+        with torch.autocast(boundary.device.type, torch.bfloat16, enabled=narrow):
             output = _run(
                 structure,
                 self.layers,

@@ -6,6 +6,8 @@ Decided from sizes alone, before any weight is read, so that it can be shown and
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +32,11 @@ _LOGIT_ROWS = 512
 # Of the memory that may be used, what the activations of a batch may take; and as much again for
 # blocks that were freed and do not fit what is asked for next.
 _BATCH_SHARE = 1 / 8
+
+
+def _batch_bytes(memory: int) -> int:
+    """A power of two: batches, and so the last bits of results, must not follow each free byte."""
+    return int(2 ** math.floor(math.log2(max(1, _BATCH_SHARE * memory))))
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,11 @@ class Execution:
     def scratch(self) -> Scratch:
         """Return room for one stage."""
         return Scratch(self.scratch_bytes, batch_bytes=self.batch_bytes)
+
+    def agreed(self) -> Execution:
+        """Return the same for all processes of a distributed run: the smallest batches of any."""
+        batch_bytes = min(distributed.collect_all([self.batch_bytes]))
+        return dataclasses.replace(self, batch_bytes=batch_bytes)
 
     def sentence(self) -> str:
         """Return the decision and its reason in words."""
@@ -100,14 +112,14 @@ def plan_execution(
         else getattr(torch, runtime.dtype)
     )
     memory = runtime.memory or default_memory()
-    batch = int(_BATCH_SHARE * memory)
+    batch = _batch_bytes(memory)
     layer = facts.n_layer_parameters // facts.n_layers
     weights = facts.n_parameters * dtype.itemsize
     logits = 2 * 4 * _LOGIT_ROWS * facts.vocab_size if with_head else 0
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         needed = weights + 16 * layer * n_crown_layers + logits
-        batch = int(_BATCH_SHARE * free)
+        batch = _batch_bytes(free)
         return Execution(device, dtype, needed + 2 * batch > free, needed, free, memory, batch)
     needed = LIBRARIES_BYTES + weights + logits
     room = memory - 2 * batch - needed
@@ -156,7 +168,7 @@ def open_model(
     sizes = [facts.n_layers - min(trained_layers(one, facts.n_layers)) for one in train]
     execution = plan_execution(
         facts, runtime, n_crown_layers=max(sizes, default=0), with_head=with_head
-    )
+    ).agreed()
     return load_as_planned(spec, execution, runtime, revision, progress), execution
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,14 +119,15 @@ def token_batches(
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     n = len(order)
-    cost, ends = [0] * (n + 1), [n] * n  # of the cheapest cut of what follows; where it is first
+    # Of the cheapest cut of what follows; where it is first.
+    cost, ends = np.zeros(n + 1, dtype=np.int64), np.zeros(n, dtype=np.int64)
+    rows = np.arange(1, n + 1)
     for start in range(n - 1, -1, -1):
         longest = max(1, lengths[order[start]])
-        most = max(1, token_budget // longest)
-        cost[start], ends[start] = min(
-            ((end - start) * longest + batch_cost + cost[end], end)
-            for end in range(start + 1, min(n, start + most) + 1)
-        )
+        most = min(n - start, max(1, token_budget // longest))
+        whole = rows[:most] * longest + cost[start + 1 : start + most + 1]
+        best = int(whole.argmin())
+        cost[start], ends[start] = whole[best] + batch_cost, start + best + 1
     start = 0
     while start < n:
         yield order[start : ends[start]]
@@ -149,7 +151,7 @@ def pool(hidden_states: Tensor, lengths: Tensor, pooling: Pooling) -> Tensor:
         pooling: "last" real token, or "mean" over real tokens.
 
     Returns:
-        (batch, hidden_size).
+        (batch, hidden_size); a mean is float32.
     """
     if pooling == "last":
         return hidden_states[torch.arange(len(lengths), device=lengths.device), lengths - 1]
@@ -322,7 +324,7 @@ class _Pass:
             self.current = self._room(scratch)
         self.done = 0
         self.n_tokens = n_kept
-        self.n_units = n_kept * max(1, self.n_run)  # tokens through a layer
+        self.n_units = max(1, n_kept * self.n_run)  # tokens through a layer
 
     def states(self) -> HiddenStates:
         """Run the pass."""
@@ -409,7 +411,7 @@ class _Pass:
             assert self.keep.pooling is not None
             pooled = pool(states, lengths, self.keep.pooling)
         else:
-            total = _sum_of_real(states, lengths) + prefix[0].sum(0)
+            total = _sum_of_real(states, lengths) + prefix[0].float().sum(0)
             pooled = total / (lengths + self.prefix_length)[:, None].to(total.dtype)
         self.pooled[list(rows), entry] = pooled.float().cpu()
 
@@ -465,9 +467,9 @@ def gather(tokens: Tensor, offsets: Sequence[int], rows: Sequence[int]) -> tuple
 
 
 def _sum_of_real(hidden_states: Tensor, lengths: Tensor) -> Tensor:
-    """Sum over real tokens, (batch, hidden_size); pads may hold anything."""
+    """Sum over real tokens, (batch, hidden_size) float32; pads may hold anything."""
     real = torch.arange(hidden_states.shape[1], device=lengths.device) < lengths[:, None]
-    return torch.where(real[..., None], hidden_states, 0).sum(1)
+    return torch.where(real[..., None], hidden_states, 0).sum(1, dtype=torch.float32)
 
 
 def _fits_on(device: torch.device, n_bytes: int) -> bool:

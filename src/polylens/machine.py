@@ -57,8 +57,8 @@ def matmul_flops(
     device: torch.device, dtype: torch.dtype = torch.float32, *, seconds: float = 0.5
 ) -> float:
     """Measure the floating-point operations a second of a matrix product of 1,024 rows."""
-    a = torch.randn(1024, 1024, device=device).to(dtype)
-    b = torch.randn(2048, 1024, device=device).to(dtype)
+    a = torch.ones(1024, 1024, device=device, dtype=dtype)
+    b = torch.ones(2048, 1024, device=device, dtype=dtype)
     out = torch.empty(1024, 2048, device=device, dtype=dtype)
 
     def multiply() -> None:

@@ -8,6 +8,7 @@ bfloat16 numbers, so a merged model in the stored dtype can lose most of what wa
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -105,13 +106,15 @@ def save_model(
     with writing(Path(folder)) as temporary:
         # Changed in float32 and rounded once, whatever dtype the model computes in.
         weights = dict(delta.weights(model.structure, strength, dtype))
+        precise = _kept_precise(model, dtype)
         cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
         # What was too large for memory is too large for it now.
         scratch = Scratch(None if model.structure.streaming is None else 0)
         for name, tensor in model.causal_lm.state_dict().items():
             if name not in weights:
                 if tensor.data_ptr() not in cast:
-                    cast[tensor.data_ptr()] = _cast(tensor, dtype, scratch)
+                    wanted = torch.float32 if precise.search(name) else dtype
+                    cast[tensor.data_ptr()] = _cast(tensor, wanted, scratch)
                 weights[name] = cast[tensor.data_ptr()]
         model.causal_lm.save_pretrained(temporary, state_dict=weights)
         del weights, cast
@@ -119,6 +122,16 @@ def save_model(
         _set_dtype(temporary / "config.json", dtype)
         if card is not None:
             write_text(temporary / "README.md", card)
+
+
+def _kept_precise(model: LanguageModel, dtype: torch.dtype) -> re.Pattern[str]:
+    """Match the names of weights that the model computes with in float32 whatever its dtype."""
+    causal_lm = model.causal_lm
+    names = set(causal_lm._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        names |= set(causal_lm._keep_in_fp32_modules or ())
+    parts = "|".join(map(re.escape, sorted(names)))
+    return re.compile(rf"(^|\.)({parts})(\.|$)" if parts else r"(?!)")
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype, scratch: Scratch) -> torch.Tensor:

@@ -139,7 +139,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
         config.evaluate.extra_languages,
     )
     n_crown_layers = facts.n_layers - min(layers)
-    execution = plan_execution(facts, runtime, n_crown_layers=n_crown_layers)
+    execution = plan_execution(facts, runtime, n_crown_layers=n_crown_layers).agreed()
     return Plan(
         config=config,
         source=source,

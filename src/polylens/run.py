@@ -303,7 +303,13 @@ class _Run:
 
     @cached_property
     def plan(self) -> Plan:
-        return make_plan(self.config, self.runtime, self.progress)
+        plan = make_plan(self.config, self.runtime, self.progress)
+        if self.runtime.memory is None and self.folder.plan.exists():
+            # Other batches than those that the run began with would change its last bits.
+            before = read_json(self.folder.plan).get("batch_bytes", plan.execution.batch_bytes)
+            execution = dataclasses.replace(plan.execution, batch_bytes=before)
+            plan = dataclasses.replace(plan, execution=execution)
+        return plan
 
     @cached_property
     def model(self) -> LanguageModel:
@@ -339,6 +345,7 @@ class _Run:
             },
             "template": plan.prompt_format.name,
             "corpora": plan.corpora,
+            "batch_bytes": plan.execution.batch_bytes,
             "versions": versions(),
         }
 

@@ -28,8 +28,12 @@ _SHARE = 0.8
 
 
 def default_memory() -> int:
-    """Return the bytes of memory that a run may use when the user sets no limit."""
-    return int(_SHARE * psutil.virtual_memory().available)
+    """Return the bytes of memory that a process may use when the user sets no limit.
+
+    The processes that a launcher starts on one machine share it.
+    """
+    n_sharing = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return int(_SHARE * psutil.virtual_memory().available / n_sharing)
 
 
 class Scratch:

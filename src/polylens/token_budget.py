@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from polylens.machine import keeping_freed_memory, remembered
+from polylens.machine import device_name, keeping_freed_memory, remembered
 from polylens.models.structure import Calls, DecoderStructure
 
 _BUDGETS = (512, 1024, 2048, 4096)
@@ -60,14 +60,14 @@ def best_token_budget(
 
     shapes = sorted(tuple(p.shape) for p in structure.layers[0].parameters())
     what = f"token budget of {structure.dtype} {shapes} up to {budgets[-1]}"
-    return int(remembered(f"{structure.device.type} {what}", measure))
+    return int(remembered(f"{device_name(structure.device)} {what}", measure))
 
 
 @torch.no_grad()
 def _layer_rate(structure: DecoderStructure, n_tokens: int) -> float:
     """Tokens a second of one decoder layer, by the faster of two runs after one."""
     shape = (n_tokens // _SEQ_LEN, _SEQ_LEN)
-    states = torch.randn(*shape, structure.hidden_size).to(structure.device, structure.dtype)
+    states = torch.ones(*shape, structure.hidden_size).to(structure.device, structure.dtype)
     call = Calls(structure).of_batch(*shape)[0]
     layer: nn.Module = structure.layers[0]
 

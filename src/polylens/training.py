@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 import time
@@ -152,6 +154,7 @@ def train_crown(
     Raises:
         TrainingError: the loss is not finite or runs away. The checkpoint, if any, keeps the last
             good state.
+        ConfigError: the checkpoint is of another training.
     """
     scratch = scratch or Scratch()
     n_tokens = settings.epochs * int(parallel.states.lengths.sum())
@@ -166,9 +169,10 @@ def train_crown(
         _make_room(named, scratch)
         optimizer = _optimizer(named, settings, scratch)
     log: list[dict[str, float]] = []
+    training = _digest(named, parallel, settings, seed)
     if checkpoint is not None and checkpoint.exists():
-        log = _resume(checkpoint, named, optimizer)
-    saver = _Saver(checkpoint if distributed.is_first() else None, named, optimizer)
+        log = _resume(checkpoint, training, named, optimizer)
+    saver = _Saver(checkpoint if distributed.is_first() else None, training, named, optimizer)
     progress(len(log), n_steps, "training")
     # Freed blocks that are kept do not always fit what is asked for next: where memory is short,
     # speed gives way.
@@ -487,6 +491,7 @@ class _Saver:
     """Writes a checkpoint now and then, so that a killed training goes on where it was."""
 
     path: Path | None
+    training: str
     named: Mapping[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     last_saved: float = dataclasses.field(default_factory=time.monotonic)
@@ -503,7 +508,12 @@ class _Saver:
             tensors[f"weight.{name}"] = parameter
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
-        save_tensors(self.path, tensors, {"kind": "polylens.checkpoint", "log": list(log)})
+        metadata = {
+            "kind": "polylens.checkpoint",
+            "training": self.training,
+            "log": list(log),
+        }
+        save_tensors(self.path, tensors, metadata)
         self.last_saved = time.monotonic()
         self.cost_seconds = self.last_saved - now
         self.saved_step = len(log)
@@ -515,8 +525,25 @@ class _Saver:
         return f" (the weights after step {self.saved_step} are kept in {self.path})"
 
 
+def _digest(
+    named: Mapping[str, Tensor], parallel: ParallelStates, settings: TrainSettings, seed: int
+) -> str:
+    """What makes two trainings the same one, so that one can go on from the other's checkpoint."""
+    determined_by = [
+        settings.model_dump(mode="json"),
+        seed,
+        [(name, list(parameter.shape)) for name, parameter in named.items()],
+        [dict(row) for row in parallel.rows],
+        parallel.states.lengths.tolist(),
+    ]
+    return hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:32]
+
+
 def _resume(
-    path: Path, named: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    path: Path,
+    training: str,
+    named: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
 ) -> list[dict[str, float]]:
     """Take weights and optimizer state from a checkpoint; a damaged one is ignored."""
     try:
@@ -524,6 +551,11 @@ def _resume(
     except CorruptFileError:
         logger.warning("%s is damaged; training starts again", path)
         return []
+    if metadata.get("training") != training:
+        raise ConfigError(
+            f"a training must go on from a checkpoint of its own, but {path} is of one with other "
+            "settings, rows, seed or model; delete it or give another path"
+        )
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[f"weight.{name}"])

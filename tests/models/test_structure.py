@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Zamba2Config,
+    Zamba2ForCausalLM,
+)
 
 from polylens.errors import ModelError
 from polylens.models.loading import LanguageModel
@@ -72,6 +79,22 @@ def test_an_encoder_decoder_is_refused() -> None:
     config = T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
     with pytest.raises(ModelError, match="decoder-only"):
         _refuse(T5ForConditionalGeneration(config))
+
+
+def test_layers_that_look_at_the_tokens_again_are_refused() -> None:
+    config = Zamba2Config(
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=2,
+        layers_block_type=["mamba", "hybrid"],
+        num_attention_heads=2,
+        intermediate_size=16,
+        n_mamba_heads=4,
+        mamba_d_state=4,
+        adapter_rank=2,
+    )
+    with pytest.raises(ModelError, match="positions and masks alone"):
+        find_structure(Zamba2ForCausalLM(config))
 
 
 def _refuse(model: torch.nn.Module) -> None:

@@ -30,6 +30,7 @@ from polylens.prompts import choose_format
 from polylens.scratch import Scratch
 from polylens.states_cache import cached_hidden_states
 from polylens.steps import ParallelPrompts, encode_parallel
+from polylens.token_budget import best_token_budget
 
 # Longer texts are cut for bits per byte: attention grows with the square of the length, while the
 # figure hardly depends on it.
@@ -146,6 +147,7 @@ def compare(
         One comparison a delta, in their order.
     """
     structure = model.structure
+    scratch = scratch or Scratch()
     boundaries = tuple(sorted({min(delta.layers) for delta in deltas}))
     languages = heldout.all_languages
     texts = [
@@ -155,6 +157,8 @@ def compare(
     ]
     texts = [(language, ids, n_bytes) for language, ids, n_bytes in texts if n_bytes > 0]
     scored = [ids for _, ids, _ in texts]
+    n_tokens = sum(map(len, (*scored, *heldout.prompts.ids)))
+    token_budget = token_budget or best_token_budget(structure, n_tokens, scratch.batch_bytes)
     text_states, prompt_states = (
         collect(
             model,

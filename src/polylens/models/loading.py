@@ -108,8 +108,9 @@ def load_model(
     else:
         computing = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
+            output_loading_info=True,
             # In the stored dtype, weights are mapped from their files rather than read.
             dtype="auto" if streamed else computing,
             trust_remote_code=trust_remote_code,
@@ -121,6 +122,12 @@ def load_model(
             f"{spec} must be a causal language model, but transformers cannot load it "
             f"({_first_line(error)}); check the folder"
         ) from error
+    model, found = opened
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"the weights of {spec} must be complete, but {len(missing)} are missing "
+            f"({', '.join(missing[:3])}); fetch the model again, or mend its config"
+        )
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     model.eval()
     if streamed:
@@ -222,9 +229,13 @@ def _fingerprint(model: PreTrainedModel) -> str:
 
 def _behaviour(config: PretrainedConfig) -> str:
     """The settings that may change what the weights compute (a rope's base, a window, …)."""
-    settings = {
-        key: value
-        for key, value in config.to_dict().items()
-        if not key.startswith("_") and key not in _INERT_SETTINGS
-    }
-    return json.dumps(settings, sort_keys=True, default=str)
+
+    def telling(settings: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: telling(value) if isinstance(value, dict) else value
+            for key, value in settings.items()
+            if not key.startswith("_") and key not in _INERT_SETTINGS
+        }
+
+    # Without defaults, to which a new version of transformers may add.
+    return json.dumps(telling(config.to_diff_dict()), sort_keys=True, default=str)

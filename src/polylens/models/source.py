@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -147,6 +148,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
                 f"{config_path} must be JSON, but is not ({error}); mend it"
             ) from error
         _check_decoder(config, folder)
+        _check_precision(config, folder)
         if not list(folder.glob("*.safetensors")):
             pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
             raise ModelError(
@@ -202,6 +204,12 @@ def describe(folder: Path, *, trust_remote_code: bool = False) -> ModelFacts:
                 f"{file} must be a safetensors file, but is damaged ({error}); fetch the model "
                 "again"
             ) from error
+    most = stored.most_common(1)[0][0] if stored else "no weights"
+    if most not in _DTYPES:
+        raise ModelError(
+            f"weights must be float32, bfloat16 or float16, but {folder.name} has {most}; give the "
+            "model that it was made from"
+        )
     return ModelFacts(
         model_type=config.model_type,
         n_layers=int(text.num_hidden_layers),
@@ -210,7 +218,7 @@ def describe(folder: Path, *, trust_remote_code: bool = False) -> ModelFacts:
         n_parameters=sizes.total(),
         n_layer_parameters=sizes["layers"],
         n_bytes=sum(file.stat().st_size for file in files),
-        dtype=_DTYPES.get(stored.most_common(1)[0][0], "float32"),
+        dtype=_DTYPES[most],
     )
 
 
@@ -227,6 +235,19 @@ def _check_decoder(config: dict[str, Any], folder: Path) -> None:
         raise ModelError(
             f"the model must be a decoder-only language model (…ForCausalLM), but {folder.name} is "
             f"{kind}; choose another model"
+        )
+
+
+def _check_precision(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse weights that are not plain numbers: they cannot be trained, and not be changed."""
+    quantised = config.get("quantization_config") or (config.get("text_config") or {}).get(
+        "quantization_config"
+    )
+    if quantised:
+        method = quantised.get("quant_method", "an unknown method")
+        raise ModelError(
+            f"weights must be float32, bfloat16 or float16, but those of {folder.name} are "
+            f"quantised ({method}); give the model that it was made from, or a GGUF file"
         )
 
 

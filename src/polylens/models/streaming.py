@@ -118,16 +118,16 @@ def with_rows(embedding: nn.Module, rows: Tensor) -> nn.Module:
     return found
 
 
-def place_small_parts(model: nn.Module, left_out: Iterable[nn.Module], to: Streaming) -> None:
-    """Convert and move everything but some modules (layers, embedding, head): it is small."""
+def place_small_parts(decoder: nn.Module, left_out: Iterable[nn.Module], to: Streaming) -> None:
+    """Move all buffers, and the weights of all but some modules (layers, embedding, head)."""
     stays = {id(module) for root in left_out for module in root.modules()}
-    for module in model.modules():
+    for module in decoder.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(to.device)
         if id(module) in stays:
             continue
         for parameter in module.parameters(recurse=False):
             parameter.data = _converted(parameter.data, to)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(to.device)
 
 
 def read_ahead(module: nn.Module) -> threading.Thread:

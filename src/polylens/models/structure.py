@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from polylens.errors import ModelError
 from polylens.models.shared_prefix import SharedPrefix
@@ -110,19 +111,22 @@ class LayerInputs:
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: notes what it is called with, and returns its input."""
 
-    def __init__(self, layer: nn.Module, calls: list[tuple[Tensor, LayerCall]]) -> None:
+    def __init__(
+        self, layer: nn.Module, calls: list[tuple[Tensor, LayerCall]], in_tuple: bool
+    ) -> None:
         super().__init__()
         object.__setattr__(self, "_recorded_layer", layer)  # hidden from nn.Module: not our child
         object.__setattr__(self, "_calls", calls)
+        self._in_tuple = in_tuple
 
     def __getattr__(
         self, name: str
     ) -> Any:  # e.g. `attention_type`, which some models read off their layers
         return getattr(object.__getattribute__(self, "_recorded_layer"), name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Any:
         self._calls.append((hidden_states, LayerCall(args, keywords)))
-        return hidden_states
+        return (hidden_states,) if self._in_tuple else hidden_states
 
 
 class _DecoderOutput:
@@ -149,6 +153,10 @@ class _Given(nn.Module):
     def forward(self, *args: Any, **keywords: Any) -> _DecoderOutput:
         return _DecoderOutput(self._hidden_states)
 
+    def get_input_embeddings(self) -> Any:
+        """Return something to embed tokens with, for a model that does so outside its decoder."""
+        return lambda ids: self._hidden_states
+
 
 @dataclass(frozen=True)
 class DecoderStructure:
@@ -161,6 +169,7 @@ class DecoderStructure:
         final_norm: the module applied after the last layer; `nn.Identity` where there is none.
         n_layers: number of decoder layers.
         hidden_size: width of the residual stream.
+        layers_return_tuples: the decoder expects its layers' states as the first of a tuple.
         streaming: how weights that stay in their files are computed with; None when the weights
             are in memory as they compute.
     """
@@ -171,6 +180,7 @@ class DecoderStructure:
     final_norm: nn.Module
     n_layers: int
     hidden_size: int
+    layers_return_tuples: bool = False
     streaming: Streaming | None = None
 
     @property
@@ -194,10 +204,14 @@ class DecoderStructure:
             return self.streaming.dtype
         return next(self.layers.parameters()).dtype
 
-    @property
+    @cached_property
     def can_share_prefix(self) -> bool:
         """Whether keys and values are all that later tokens see of earlier ones."""
-        return not self.causal_lm._is_stateful
+        kinds = {type(layer) for layer in DynamicCache(config=self.causal_lm.config).layers}
+        return not self.causal_lm._is_stateful and kinds <= {
+            DynamicLayer,
+            DynamicSlidingWindowLayer,
+        }
 
     @contextlib.contextmanager
     def loaded(self, first: int, stop: int | None = None) -> Iterator[None]:
@@ -257,7 +271,8 @@ class DecoderStructure:
             embedding = self.causal_lm.get_input_embeddings()
             rows, input_ids = used_rows(embedding, input_ids, self.streaming)
             skeleton = _replaced(skeleton, embedding, with_rows(embedding, rows))
-        return _enter(skeleton, self.layers_path.rpartition(".")[2], input_ids, cache)
+        attribute = self.layers_path.rpartition(".")[2]
+        return _enter(skeleton, attribute, input_ids, self.layers_return_tuples, cache)
 
     def run_at(
         self, layer: int, call: LayerCall, hidden_states: Tensor, positions: Tensor
@@ -343,13 +358,16 @@ def find_structure(model: PreTrainedModel) -> DecoderStructure:
     layers_path = candidates[0]
     decoder = _owner(model, layers_path)
     attribute = layers_path.rpartition(".")[2]
+    device = next(model.parameters()).device
+    in_tuples = _expects_tuples(decoder, attribute, device)
     return DecoderStructure(
         causal_lm=model,
         decoder=decoder,
         layers_path=layers_path,
-        final_norm=_find_final_norm(decoder, attribute, next(model.parameters()).device),
+        final_norm=_find_final_norm(decoder, attribute, device, in_tuples),
         n_layers=n_layers,
         hidden_size=int(config.hidden_size),
+        layers_return_tuples=in_tuples,
     )
 
 
@@ -363,7 +381,7 @@ def stream(structure: DecoderStructure, streaming: Streaming) -> DecoderStructur
     model = structure.causal_lm
     head = model.get_output_embeddings()
     large = [structure.layers, model.get_input_embeddings(), *([head] if head is not None else [])]
-    place_small_parts(model, large, streaming)
+    place_small_parts(structure.decoder, large, streaming)
     return dataclasses.replace(structure, streaming=streaming)
 
 
@@ -389,12 +407,16 @@ def _replaced(decoder: Any, old: nn.Module, new: nn.Module) -> Any:
     return copied
 
 
-def _enter(decoder: nn.Module, attribute: str, input_ids: Tensor, cache: Any = None) -> LayerInputs:
+def _enter(
+    decoder: nn.Module, attribute: str, input_ids: Tensor, in_tuples: bool, cache: Any = None
+) -> LayerInputs:
     """Run `decoder`'s own forward with recorders in the place of its layers."""
     skeleton = _shallow_copy(decoder)
     calls: list[tuple[Tensor, LayerCall]] = []
     layers: Sequence[nn.Module] = decoder._modules[attribute]  # type: ignore[assignment]
-    skeleton._modules[attribute] = nn.ModuleList(_Recorder(layer, calls) for layer in layers)
+    skeleton._modules[attribute] = nn.ModuleList(
+        _Recorder(layer, calls, in_tuples) for layer in layers
+    )
     given = {} if cache is None else {"past_key_values": cache}
     skeleton(input_ids=input_ids, use_cache=False, **given)
     if len(calls) != len(layers):
@@ -512,7 +534,59 @@ def find_attention(structure: DecoderStructure) -> str | None:
     return mixing[0] if same else None
 
 
-def _find_final_norm(decoder: nn.Module, attribute: str, device: torch.device) -> nn.Module:
+@torch.no_grad()
+def _expects_tuples(decoder: nn.Module, attribute: str, device: torch.device) -> bool:
+    """Learn how the decoder takes its layers' states, and that we can run the layers one by one.
+
+    Raises:
+        ModelError: the layers receive more than states, positions and masks.
+    """
+    failures = []
+    for in_tuples in (False, True):
+        try:
+            first, second = (
+                _enter(decoder, attribute, torch.full((1, 2), token, device=device), in_tuples)
+                for token in (0, 1)
+            )
+        except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+            failures.append(str(error).strip().partition("\n")[0])
+            continue
+        for one, other in zip(first.calls, second.calls, strict=True):
+            if not _same(_leaves(one), _leaves(other)):
+                raise ModelError(
+                    "decoder layers must receive hidden states, positions and masks alone, but "
+                    f"those of {type(decoder).__name__} receive something else of the tokens too; "
+                    "PolyLens does not support this architecture"
+                )
+        return in_tuples
+    raise ModelError(
+        f"the model must run its decoder layers one after the other, but {type(decoder).__name__} "
+        f"does not ({failures[0][:160]}); PolyLens does not support this architecture"
+    )
+
+
+def _leaves(call: LayerCall) -> list[Any]:
+    """What a layer is called with, one by one; a mapping among the values stays whole."""
+
+    def flat(value: Any) -> list[Any]:
+        return (
+            [leaf for one in value for leaf in flat(one)] if isinstance(value, tuple) else [value]
+        )
+
+    return flat((*call.args, *call.keywords.values()))
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether layers receive the same for other tokens, and nothing that they could fill."""
+    return len(one) == len(other) and all(
+        not isinstance(a, (dict, list)) and (not isinstance(a, Tensor) or torch.equal(a, b))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _find_final_norm(
+    decoder: nn.Module, attribute: str, device: torch.device, in_tuples: bool
+) -> nn.Module:
     """Return the last child to run after the layers; learnt by watching a tiny forward."""
     order: list[nn.Module] = []
     layers: Sequence[nn.Module] = decoder._modules[attribute]  # type: ignore[assignment]
@@ -525,11 +599,11 @@ def _find_final_norm(decoder: nn.Module, attribute: str, device: torch.device) -
     calls: list[tuple[Tensor, LayerCall]] = []
 
     class _Mark(_Recorder):
-        def forward(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        def forward(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Any:
             order.clear()  # keep only what runs after the last layer
             return super().forward(hidden_states, *args, **keywords)
 
-    skeleton._modules[attribute] = nn.ModuleList(_Mark(layer, calls) for layer in layers)
+    skeleton._modules[attribute] = nn.ModuleList(_Mark(layer, calls, in_tuples) for layer in layers)
     try:
         with torch.no_grad():
             skeleton(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
