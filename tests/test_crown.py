@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from polylens.artefacts import save_tensors
-from polylens.crown import Crown, CrownDelta
+from polylens.crown import Crown, CrownDelta, run_crown
 from polylens.errors import CorruptFileError, ModelError, UsageError
 from polylens.hidden_states import Keep, collect_hidden_states, gather
 from polylens.models.loading import LanguageModel, wrap_model
@@ -62,7 +62,7 @@ def test_a_fresh_crown_runs_as_the_model_does(tiny_model: LanguageModel) -> None
     boundary, lengths = gather(states.boundary[2], states.offsets, [0])
     calls = Calls(tiny_model.structure)
     torch.testing.assert_close(crown(calls, boundary)[0].detach(), states.final)
-    last = crown(calls, boundary, last=lengths - 1)
+    last = crown(calls, boundary, positions=lengths[:, None] - 1)[:, 0]
     torch.testing.assert_close(last[0].detach(), states.final[-1])
     assert not any(change.any() for change in crown.into_changes().values())
 
@@ -114,3 +114,23 @@ def test_the_fingerprint_does_not_depend_on_dtype_but_on_every_weight(
     with torch.no_grad():
         changed.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
     assert wrap_model(changed, tiny_tokenizer()).fingerprint != llama.fingerprint
+
+
+@pytest.mark.parametrize("cut", [1, N_LAYERS - 1, N_LAYERS])
+@pytest.mark.parametrize("n_last", [[1] * 4, [3, 1, 2, 4], [5, 8, 2, 1]])
+def test_the_last_tokens_alone_are_those_of_the_whole(
+    tiny_model: LanguageModel, cut: int, n_last: list[int]
+) -> None:
+    shared = [9, 11, 13, 15, 17]
+    prompts = [[*shared, *own] for own in ([5, 6], [7, 8, 9, 10], [21], [5, 6, 7, 22, 23])]
+    states = collect_hidden_states(tiny_model.structure, prompts, Keep(boundary_layers=(cut,)))
+    whole = {
+        index: output[row, : lengths[row]]
+        for rows, output, lengths in run_crown(tiny_model.structure, states)
+        for row, index in enumerate(rows)
+    }
+    for rows, output, wanted in run_crown(tiny_model.structure, states, n_last=n_last):
+        for row, index in enumerate(rows):
+            assert wanted[row] == n_last[index]
+            ends = whole[index][-n_last[index] :]
+            torch.testing.assert_close(output[row, : n_last[index]], ends, rtol=1e-4, atol=1e-5)

@@ -51,7 +51,12 @@ class Crown(nn.Module):
         self.eval()  # no dropout: the reference states have none
 
     def forward(
-        self, calls: Calls, boundary: Tensor, *, last: Tensor | None = None, is_prefix: bool = False
+        self,
+        calls: Calls,
+        boundary: Tensor,
+        *,
+        positions: Tensor | None = None,
+        is_prefix: bool = False,
     ) -> Tensor:
         """Run the crown.
 
@@ -59,12 +64,13 @@ class Crown(nn.Module):
             calls: what the layers receive beside the states.
             boundary: (batch, seq_len, hidden_size), states that enter `boundary_layer`, padded on
                 the right.
-            last: (batch,) int64; only this token's output of each row is wanted. None wants all.
+            positions: (batch, n_wanted) int64; only these tokens' outputs of each row are wanted.
+                None wants all.
             is_prefix: these are the states of the shared prefix; must be run first.
 
         Returns:
             The last layer's output before the final norm, float32: (batch, seq_len, hidden_size),
-            or (batch, hidden_size) with `last`.
+            or (batch, n_wanted, hidden_size) with `positions`.
         """
         structure = self.structure_[0]
         narrow = structure.dtype == torch.bfloat16
@@ -75,7 +81,7 @@ class Crown(nn.Module):
                 self.boundary_layer,
                 calls,
                 boundary.float(),
-                last,
+                positions,
                 is_prefix,
             )
         return output.float()
@@ -107,6 +113,7 @@ def run_crown(
     *,
     token_budget: int | None = None,
     boundary_layer: int | None = None,
+    n_last: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Run the model's own top layers on kept boundary states, batch by batch.
 
@@ -115,10 +122,12 @@ def run_crown(
         states: with boundary states.
         token_budget: padded tokens of a batch; None takes what is fastest on this machine.
         boundary_layer: where to begin; None takes the lowest layer whose input was kept.
+        n_last: how many of each prompt's last tokens are wanted, at least one; None wants all. Most
+            of the last layer is run on these alone.
 
     Yields:
-        Indices of the prompts; (batch, seq_len, hidden_size) output of the last layer before the
-        final norm, padded on the right; (batch,) lengths.
+        Indices of the prompts; (batch, n_wanted, hidden_size) output of the last layer before the
+        final norm for the wanted tokens, padded on the right; (batch,) numbers of them.
     """
     first = min(states.boundary) if boundary_layer is None else boundary_layer
     kept = states.boundary[first]
@@ -126,19 +135,43 @@ def run_crown(
     calls = Calls(structure, states.prefix_length)
     budget = token_budget or best_token_budget(structure, int(states.lengths.sum()))
 
-    def run(boundary: Tensor, is_prefix: bool = False) -> Tensor:
+    def run(boundary: Tensor, positions: Tensor | None = None, is_prefix: bool = False) -> Tensor:
         boundary = boundary.to(structure.device, structure.dtype)
-        return _run(structure, layers, first, calls, boundary, None, is_prefix)
+        return _run(structure, layers, first, calls, boundary, positions, is_prefix)
 
     with structure.loaded(first):
-        prefix = run(kept[None, : states.prefix_length], True) if states.prefix_length else None
+        prefix = None
+        if states.prefix_length:
+            prefix = run(kept[None, : states.prefix_length], is_prefix=True)
         own_lengths = (states.lengths - states.prefix_length).tolist()
         for rows in token_batches(own_lengths, budget):
             boundary, lengths = gather(kept, states.offsets, rows)
-            output = run(boundary)
-            if prefix is not None:
-                output = torch.cat([prefix.expand(len(rows), -1, -1), output], dim=1)
-            yield rows, output, lengths + states.prefix_length
+            if n_last is None:
+                yield rows, _after(prefix, run(boundary)), lengths + states.prefix_length
+                continue
+            wanted = torch.tensor([n_last[row] for row in rows])
+            positions = _last_positions(lengths, wanted)
+            if int((lengths - wanted).min()) >= 0:
+                output = run(boundary, positions.to(structure.device))
+            else:  # some of the wanted tokens lie in the prefix
+                positions = _last_positions(lengths + states.prefix_length, wanted)
+                batch = torch.arange(len(rows))[:, None]
+                output = _after(prefix, run(boundary))[batch, positions]
+            yield rows, output, wanted
+
+
+def _after(prefix: Tensor | None, output: Tensor) -> Tensor:
+    """Put the prefix's states, (1, length, d), before those of each row."""
+    if prefix is None:
+        return output
+    return torch.cat([prefix.expand(len(output), -1, -1), output], dim=1)
+
+
+def _last_positions(lengths: Tensor, wanted: Tensor) -> Tensor:
+    """Positions of the last tokens of each row, (batch, most wanted); any token pads a row."""
+    first = (lengths - wanted).clamp(min=0)
+    positions = first[:, None] + torch.arange(int(wanted.max()))
+    return positions.minimum(lengths[:, None] - 1)
 
 
 def _run(
@@ -147,15 +180,18 @@ def _run(
     first: int,
     calls: Calls,
     hidden_states: Tensor,
-    last: Tensor | None,
+    positions: Tensor | None,
     is_prefix: bool,
 ) -> Tensor:
     known = calls.of_prefix() if is_prefix else calls.of_batch(*hidden_states.shape[:2])
     for index, layer in enumerate(layers, start=first):
-        if last is not None and index == structure.n_layers - 1:
+        if positions is not None and index == structure.n_layers - 1:
             name = structure.attention_name
-            return run_layer_at(layer, name, known[index], hidden_states, last)
+            return run_layer_at(layer, name, known[index], hidden_states, positions)
         hidden_states = known[index](layer, hidden_states)
+    if positions is not None:  # no layer at all
+        rows = torch.arange(len(positions), device=hidden_states.device)[:, None]
+        return hidden_states[rows, positions]
     return hidden_states
 
 

@@ -440,10 +440,10 @@ class _Pass:
         index = structure.n_layers - 1
         for rows, states in zip(self.batches, self.current, strict=True):
             call = calls.of_batch(*states.shape[:2])[index]
-            last = (self.lengths[list(rows)] - 1).to(structure.device)
+            last = (self.lengths[list(rows)] - 1)[:, None].to(structure.device)
             output = structure.run_at(index, call, states.to(structure.device), last)
-            self.pooled[list(rows), index] = output.float().cpu()
-            self._pool_last_normed(rows, output[:, None])
+            self.pooled[list(rows), index] = output[:, 0].float().cpu()
+            self._pool_last_normed(rows, output)
             self._step(states.shape[0] * states.shape[1])
         self._step(self.n_units)
 

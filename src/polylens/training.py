@@ -417,8 +417,9 @@ class _Objective:
                 padded, own = gather(self._boundary, self._offsets, chosen)
                 padded, own = padded.to(self._device), own.to(self._device)
                 if prompts is last:
-                    output = self._final(self._crown(self._calls, padded, last=own - 1))
-                    result.update(zip(chosen, output[:, None].unbind(), strict=True))
+                    last = own[:, None] - 1
+                    output = self._final(self._crown(self._calls, padded, positions=last))
+                    result.update(zip(chosen, output.unbind(), strict=True))
                     continue
                 output = self._final(self._crown(self._calls, padded))
                 for row_states, index, length in zip(output, chosen, own.tolist(), strict=True):

@@ -1,9 +1,9 @@
-"""Bits per byte: how well a model predicts a text, comparable between tokenizers and languages.
+"""How likely a model finds a text: log-likelihoods of continuations, bits per byte of whole texts.
 
-Texts are scored raw, without a chat template. Scores are read off the last layer's states, so one
-trunk pass serves the model before and after: give `score_bits` what `run_crown` yields, with or
-without a delta applied. Logits are made for a fixed number of tokens at a time, never for all: at
-150,000 tokens of vocabulary they would be the largest thing in memory.
+Scores are read off the last layer's states, so one trunk pass serves the model before and after:
+give `score_bits` or `score_tokens` what `run_crown` yields, with or without a delta applied. Logits
+are made for a fixed number of tokens at a time, never for all: at 150,000 tokens of vocabulary they
+would be the largest thing in memory. Bits per byte compare between tokenizers and languages.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from polylens.hidden_states import pad_right
 from polylens.models.structure import DecoderStructure
 
 # One shape for all calls of the head: new shapes made it five times slower (docs/performance.md).
@@ -72,7 +72,49 @@ def encode_plain(tokenizer: Any, text: str, max_tokens: int) -> tuple[list[int],
     return ids[:n_kept], n_bytes
 
 
+@dataclass(frozen=True)
+class Target:
+    """Tokens to predict.
+
+    Attributes:
+        text: the text whose states predict them.
+        start: the first of its states that does; each next one predicts the next token.
+        tokens: what is to be predicted, at least one.
+    """
+
+    text: int
+    start: int
+    tokens: Sequence[int]
+
+
 @torch.no_grad()
+def score_tokens(
+    structure: DecoderStructure, batches: Iterable[StateBatch], targets: Sequence[Target]
+) -> tuple[list[float], list[bool]]:
+    """Return how likely each target is, and whether greedy decoding would give it.
+
+    Args:
+        structure: the model whose final norm and head are used.
+        batches: indices of texts, (batch, n_states, hidden_size) output of the last layer before
+            the final norm, padded on the right, and (batch,) numbers of states; as `run_crown`
+            yields them.
+        targets: several may share a text; each state goes through the head once.
+
+    Returns:
+        Sums of log-probabilities, in nats, and whether each token is the likeliest of all.
+    """
+    sums = torch.zeros(len(targets), dtype=torch.float64)
+    greedy = torch.ones(len(targets), dtype=torch.bool)
+    for states, rows, tokens, owners in _chunks(batches, targets):
+        padded = functional.pad(states, (0, 0, 0, LOGIT_ROWS - len(states)))
+        logits = structure.logits(structure.final_norm(padded)[None])[0, : len(states)].float()
+        rows, tokens = rows.to(logits.device), tokens.to(logits.device)
+        nats = logits[rows, tokens] - logits.logsumexp(-1)[rows]  # (n_pairs,)
+        sums.index_add_(0, owners, nats.cpu().double())
+        greedy[owners[(logits.argmax(-1)[rows] != tokens).cpu()]] = False
+    return sums.tolist(), greedy.tolist()
+
+
 def score_bits(
     structure: DecoderStructure, batches: Iterable[StateBatch], prompts: Sequence[Sequence[int]]
 ) -> list[float]:
@@ -80,42 +122,52 @@ def score_bits(
 
     Args:
         structure: the model whose final norm and head are used.
-        batches: indices of texts, (batch, seq_len, hidden_size) output of the last layer before the
-            final norm, padded on the right, and (batch,) lengths; as `run_crown` yields them.
+        batches: as for `score_tokens`, the states of all tokens.
         prompts: token ids of every text.
     """
-    bits = torch.zeros(len(prompts), dtype=torch.float64)
-    for states, tokens, texts in _chunks(batches, prompts):
-        padded = functional.pad(states, (0, 0, 0, LOGIT_ROWS - len(states)))
-        logits = structure.logits(structure.final_norm(padded)[None])[0, : len(states)]
-        wanted = tokens.to(logits.device)
-        nats = functional.cross_entropy(logits.float(), wanted, reduction="none")  # (rows,)
-        bits.index_add_(0, texts, nats.cpu().double() / math.log(2))
-    return [float(value) for value in bits]
+    targets = [Target(index, 0, ids[1:]) for index, ids in enumerate(prompts)]
+    sums, _ = score_tokens(structure, batches, targets)
+    return [-nats / math.log(2) for nats in sums]
 
 
 def _chunks(
-    batches: Iterable[StateBatch], prompts: Sequence[Sequence[int]]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (rows, hidden_size) states, (rows,) tokens that follow them, (rows,) their texts.
+    batches: Iterable[StateBatch], targets: Sequence[Target]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield (n_rows, hidden_size) states that predict something, and what they do.
 
-    Every chunk has `LOGIT_ROWS` rows, whatever the batches; the last one may have fewer.
+    That is (n_pairs,) rows of the chunk, (n_pairs,) tokens, (n_pairs,) the targets that they are
+    of. Every chunk has `LOGIT_ROWS` rows, whatever the batches; the last one may have fewer.
     """
-    waiting: list[Tensor] = []
-    for indices, output, lengths in batches:
-        following = pad_right([prompts[index] for index in indices]).roll(-1, dims=1)
-        # (batch, seq_len); what follows the last token is not known
-        scored = torch.arange(output.shape[1]) < lengths.cpu()[:, None] - 1
-        texts = torch.tensor(list(indices))[:, None].expand_as(scored)
-        parts = [output[scored.to(output.device)], following[scored], texts[scored]]
-        waiting = [torch.cat(p) for p in zip(waiting, parts, strict=True)] if waiting else parts
-        while len(waiting[0]) >= LOGIT_ROWS:
-            states, tokens, owners = (part[:LOGIT_ROWS] for part in waiting)
-            yield states, tokens, owners
-            waiting = [part[LOGIT_ROWS:] for part in waiting]
-    if waiting and len(waiting[0]):
-        states, tokens, owners = waiting
-        yield states, tokens, owners
+    of_text: dict[int, list[int]] = {}
+    for index, target in enumerate(targets):
+        of_text.setdefault(target.text, []).append(index)
+    states: Tensor | None = None
+    pairs = torch.zeros(3, 0, dtype=torch.int64)  # rows of `states`, tokens, targets
+    for texts, output, _ in batches:
+        read = torch.zeros(output.shape[:2], dtype=torch.bool)
+        found: list[tuple[int, int, int, int]] = []  # text within the batch, state, token, target
+        for row, text in enumerate(texts):
+            for index in of_text.get(text, ()):
+                start = targets[index].start
+                read[row, start : start + len(targets[index].tokens)] = True
+                found += [
+                    (row, start + i, token, index) for i, token in enumerate(targets[index].tokens)
+                ]
+        if not found:
+            continue
+        n_waiting = 0 if states is None else len(states)
+        rows, positions, tokens, owners = torch.tensor(found).T
+        numbers = read.flatten().cumsum(0).view_as(read) - 1 + n_waiting
+        pairs = torch.cat([pairs, torch.stack([numbers[rows, positions], tokens, owners])], dim=1)
+        new = output[read.to(output.device)]
+        states = new if states is None else torch.cat([states, new])
+        while len(states) >= LOGIT_ROWS:
+            now = pairs[0] < LOGIT_ROWS
+            yield states[:LOGIT_ROWS], *pairs[:, now]
+            states, pairs = states[LOGIT_ROWS:], pairs[:, ~now]
+            pairs[0] -= LOGIT_ROWS
+    if states is not None and len(states):
+        yield states, *pairs
 
 
 def _first_token_bytes(

@@ -277,7 +277,7 @@ class DecoderStructure:
     def run_at(
         self, layer: int, call: LayerCall, hidden_states: Tensor, positions: Tensor
     ) -> Tensor:
-        """Run a layer where only one token's output of each row is wanted.
+        """Run a layer where only some tokens' outputs of each row are wanted.
 
         Attention reads all tokens, but all that follows it (most of a layer's weights) works token
         by token, and so runs on the wanted ones alone.
@@ -286,10 +286,10 @@ class DecoderStructure:
             layer: index of the layer, whose weights must be loaded.
             call: what it receives beside the states.
             hidden_states: (batch, seq_len, hidden_size), its input.
-            positions: (batch,) int64, the wanted token of each row.
+            positions: (batch, n_wanted) int64, the wanted tokens of each row.
 
         Returns:
-            (batch, hidden_size).
+            (batch, n_wanted, hidden_size).
         """
         return run_layer_at(self.layers[layer], self.attention_name, call, hidden_states, positions)
 
@@ -460,19 +460,19 @@ def run_layer_at(
     hidden_states: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """Run a decoder layer for one token of each row; see `DecoderStructure.run_at`.
+    """Run a decoder layer for some tokens of each row; see `DecoderStructure.run_at`.
 
     Args:
         layer: the layer, or a trainable copy of it.
         attention_name: the child through which tokens see one another; None runs all of the layer.
         call: what it receives beside the states.
         hidden_states: (batch, seq_len, hidden_size).
-        positions: (batch,) int64.
+        positions: (batch, n_wanted) int64.
 
     Returns:
-        (batch, hidden_size).
+        (batch, n_wanted, hidden_size).
     """
-    rows = torch.arange(len(positions), device=hidden_states.device)
+    rows = torch.arange(len(positions), device=hidden_states.device)[:, None]
     if attention_name is None:
         return call(layer, hidden_states)[rows, positions]
     cut = _shallow_copy(layer)
@@ -485,11 +485,11 @@ def run_layer_at(
     assert attention is not None
     output = attention(*args, **keywords)
     mixed = output[0] if isinstance(output, tuple) else output  # (batch, seq_len, hidden_size)
-    mixed = mixed[rows, positions][:, None]
+    mixed = mixed[rows, positions]
     cut._modules[attention_name] = _Answer(
         (mixed, *output[1:]) if isinstance(output, tuple) else mixed
     )
-    return call(cut, hidden_states[rows, positions][:, None])[:, 0]
+    return call(cut, hidden_states[rows, positions])
 
 
 @torch.no_grad()
@@ -518,15 +518,15 @@ def find_attention(structure: DecoderStructure) -> str | None:
 
     hooks = [child.register_forward_hook(note(name)) for name, child in layer.named_children()]
     try:
-        whole = call(layer, states)[:, -1]
+        whole = call(layer, states)[:, 1:]
     finally:
         for hook in hooks:
             hook.remove()
     if not mixing:
         return None
-    last = torch.full((2,), 3, device=states.device)
+    wanted = torch.arange(1, 4, device=states.device).expand(2, 3)
     try:
-        alone = run_layer_at(layer, mixing[0], call, states, last)
+        alone = run_layer_at(layer, mixing[0], call, states, wanted)
     except (RuntimeError, TypeError, IndexError, AttributeError, UnboundLocalError):
         return None
     tolerance = 1e-4 if structure.dtype == torch.float32 else 2e-2
