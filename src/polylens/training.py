@@ -417,8 +417,8 @@ class _Objective:
                 padded, own = gather(self._boundary, self._offsets, chosen)
                 padded, own = padded.to(self._device), own.to(self._device)
                 if prompts is last:
-                    last = own[:, None] - 1
-                    output = self._final(self._crown(self._calls, padded, positions=last))
+                    positions = own[:, None] - 1
+                    output = self._final(self._crown(self._calls, padded, positions=positions))
                     result.update(zip(chosen, output.unbind(), strict=True))
                     continue
                 output = self._final(self._crown(self._calls, padded))
