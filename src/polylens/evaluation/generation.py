@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from polylens.hidden_states import token_batches
 from polylens.models.loading import LanguageModel
@@ -24,12 +24,16 @@ from polylens.progress import Progress, silent
 # 34 to 37 s with 1,024, 2,048, 8,192 and 16,384; the products alone take some 24 s.
 TOKEN_BUDGET = 4096
 
+# Last tokens of an answer in which a stop string is looked for; one is a few tokens long.
+_STOP_TOKENS = 32
+
 
 def generate_answers(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
+    stop_strings: Sequence[str] = (),
     token_budget: int = TOKEN_BUDGET,
     progress: Progress = silent,
 ) -> list[str]:
@@ -39,6 +43,7 @@ def generate_answers(
         model: the model, as it is now; it is not changed, nor are its generation settings.
         prompts: token ids, at least one each.
         max_new_tokens: longest answer, in tokens.
+        stop_strings: an answer ends before the first of them.
         token_budget: most tokens of a batch, prompts with padding and answers together.
         progress: told the answers done.
 
@@ -64,20 +69,39 @@ def generate_answers(
     for batch in token_batches([len(ids) + max_new_tokens for ids in prompts], token_budget):
         input_ids, mask = _pad_left([prompts[index] for index in batch], pad)
         where = model.structure.device
+        stopping = _StopAt(stop_strings, model.tokenizer, input_ids.shape[1])
         with model.structure.runnable():
             output = generator.generate(
                 input_ids=input_ids.to(where),
                 attention_mask=mask.to(where),
                 generation_config=config,
+                stopping_criteria=StoppingCriteriaList([stopping] if stop_strings else []),
             )
         new = output[:, input_ids.shape[1] :].tolist()  # what follows the first stop is padding
         for index, ids in zip(batch, new, strict=True):
             end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
             text = model.tokenizer.decode(ids[:end], skip_special_tokens=True)
+            for stop in stop_strings:
+                text = text.partition(stop)[0]
             answers[index] = text.strip()
         done += len(batch)
         progress(done, len(prompts), "answers")
     return answers
+
+
+class _StopAt(StoppingCriteria):  # type: ignore[misc]
+    """Ends an answer that holds one of some strings."""
+
+    def __init__(self, strings: Sequence[str], tokenizer: Any, n_prompt: int) -> None:
+        self._strings = strings
+        self._tokenizer = tokenizer
+        self._n_prompt = n_prompt
+
+    def __call__(self, input_ids: Tensor, scores: Any, **keywords: Any) -> Tensor:
+        new = input_ids[:, max(self._n_prompt, input_ids.shape[1] - _STOP_TOKENS) :]
+        texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
+        found = [any(string in text for string in self._strings) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
