@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from polylens.models.loading import LanguageModel, wrap_model
-from tiny import FAMILIES, build, save_tiny, tiny_tokenizer
+from tiny import FAMILIES, build, save_taught, save_tiny, tiny_tokenizer
 
 torch.set_num_threads(1)  # tiny models run faster on one, and the tests share the cores
 
@@ -57,3 +57,9 @@ def llama() -> LanguageModel:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete folder of a tiny Llama with a chat template; do not write to it."""
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def taught_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete folder of a tiny Llama that knows some English; do not write to it."""
+    return save_taught(tmp_path_factory.mktemp("models") / "taught")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from polylens.config import RunConfig, load_config
 from polylens.crown import CrownDelta
-from polylens.errors import RunError, SubspaceError
+from polylens.errors import GateError, RunError, SubspaceError
 from polylens.models import load_model
 from polylens.run import STAGES, RunFolder, enhance
 
@@ -27,9 +27,11 @@ SETTINGS: dict[str, Any] = {
     "train.rows": 8,
     "train.batch_size": 2,
     "train.learning_rate": 1e-3,
-    "evaluate.rows": 3,
+    "evaluate.rows": 4,
     "evaluate.max_new_tokens": 4,
     "evaluate.extra_languages": ["es"],
+    "gate.text_margin": 9.0,  # four rows of a random model show nothing
+    "gate.steps": 2,
 }
 
 
@@ -65,6 +67,9 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
         "evaluation/before.jsonl",
         "evaluation/after.jsonl",
         "evaluation/summary.json",
+        "evaluation/before/scorecard.json",
+        "evaluation/after/bits_per_byte_sw.jsonl",
+        "gate.json",
         "evaluation/states.safetensors",
         "model/model.safetensors",
         "model/README.md",
@@ -77,6 +82,43 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     summary = json.loads((finished / "evaluation/summary.json").read_text())
     assert summary["fidelity"].keys() == {"en", "sw", "zh", "es"}
     assert summary["state_change"]["sw"]["relative"] > 0
+
+
+def test_a_wreck_of_english_is_not_saved(taught_folder: Path, tmp_path: Path) -> None:
+    wreck = {"train.learning_rate": 0.3, "train.retain_weight": 0.0, "gate.text_margin": 0.01}
+    result = enhance(configure(taught_folder, **wreck), tmp_path / "run")
+    assert not result.dial.holds
+    with pytest.raises(GateError, match="at no strength"):
+        result.dial.require()
+    assert not result.folder.model.exists()
+    assert result.folder.report.exists()
+    again = enhance(configure(taught_folder, **wreck), tmp_path / "run")
+    assert again.done == ()
+
+
+def test_the_dial_is_turned_down_to_where_english_holds(
+    taught_folder: Path, tmp_path: Path
+) -> None:
+    strong = {"gate.steps": 8, "train.learning_rate": 0.02, "evaluate.rows": 16}
+    wide = enhance(configure(taught_folder, **strong), tmp_path / "wide")
+    costs = [
+        -verdict.checks[0].result.bound
+        for verdict in wide.dial.verdicts.values()
+        if verdict is not None
+    ]
+    assert costs == sorted(costs)
+    between = (costs[2] + costs[3]) / 2  # a margin that puts the boundary between them
+    dialled = enhance(
+        configure(taught_folder, **strong, **{"gate.text_margin": between}), tmp_path / "dialled"
+    )
+    assert (dialled.dial.strength, dialled.dial.holds) == (3 / 8, True)
+    assert "turned down from 1 to 0.375" in dialled.dial.sentence()
+    base = load_model(taught_folder)
+    delta = CrownDelta.load(dialled.folder.delta, fingerprint=base.fingerprint)
+    saved = AutoModelForCausalLM.from_pretrained(dialled.folder.model, dtype=torch.float32)
+    ids = torch.arange(5, 20)[None]
+    with torch.no_grad(), delta.applied(base.structure, 3 / 8):
+        assert torch.equal(saved(ids).logits, base.causal_lm(ids).logits)
 
 
 def test_no_path_of_the_machine_is_in_what_is_shared(finished: Path) -> None:
@@ -183,6 +225,7 @@ _KILLS = [
     ("probe", 2),
     ("train", 0),
     ("train", 9),
+    ("gate", 2),
     ("answers-before", 1),
     ("answers-after", 0),
     ("states", 2),

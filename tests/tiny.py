@@ -15,6 +15,8 @@ import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from polylens.corpora import starter_corpus
+
 N_LAYERS = 4
 HIDDEN_SIZE = 32
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
@@ -184,6 +186,26 @@ def save_tiny(folder: Path, family: str = "llama", *, chat_template: bool = True
     """Write a complete model folder that transformers' Auto classes load."""
     build(family).save_pretrained(folder)
     tiny_tokenizer(chat_template=chat_template).save_pretrained(folder)
+    return folder
+
+
+def save_taught(folder: Path) -> Path:
+    """Write a model folder like `save_tiny`, of a model that has something to lose in English.
+
+    A random model cannot be harmed. This one knows which letters follow each other.
+    """
+    model, tokenizer = build(), tiny_tokenizer()
+    texts = [row["en"] for row in starter_corpus().rows[:24]]
+    batch = tokenizer(texts, max_length=64, truncation=True, padding=True, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    model.train()
+    for _ in range(40):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

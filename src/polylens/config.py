@@ -136,6 +136,13 @@ class EvaluateSettings(_Settings):
     extra_languages: tuple[str, ...] = Field(
         (), description="Languages to watch that are neither central nor trained."
     )
+    tasks: tuple[str, ...] = Field(
+        (), description="Benchmarks (`polylens evaluate --list-tasks`) that the gate is to read."
+    )
+    data_dir: str | None = Field(None, description="Folder with local copies of benchmarks.")
+    limit: PositiveInt | None = Field(
+        None, description="Use only so many examples of a benchmark; default: all."
+    )
 
     @field_validator("extra_languages", mode="before")
     @classmethod
@@ -146,6 +153,28 @@ class EvaluateSettings(_Settings):
     @classmethod
     def _normalize(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return normalize_languages(value)
+
+
+class GateSettings(_Settings):
+    """When the central language counts as unharmed."""
+
+    margin: float = Field(
+        0.01, gt=0, lt=1, description="Largest loss of accuracy that is tolerated; 0.01 is a point."
+    )
+    text_margin: float = Field(
+        0.01,
+        gt=0,
+        description="Largest rise of bits per byte that is tolerated, as a share of them.",
+    )
+    level: float = Field(
+        0.95, gt=0.5, lt=1, description="Confidence with which a larger loss is to be ruled out."
+    )
+    watched: bool = Field(
+        False, description="Protect the languages of evaluate.extra_languages as well."
+    )
+    steps: PositiveInt = Field(
+        8, description="Strengths that are tried, evenly spaced up to output.strength."
+    )
 
 
 class OutputSettings(_Settings):
@@ -180,6 +209,7 @@ class RunConfig(_Settings):
     probe: ProbeSettings = ProbeSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    gate: GateSettings = GateSettings()
     output: OutputSettings = OutputSettings()
 
     @field_validator("languages", mode="before")

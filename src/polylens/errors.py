@@ -3,7 +3,7 @@
 All derive from `PolyLensError`; each also derives from the built-in a caller would expect to catch.
 A message is one sentence that says what must hold, what was given and what to do next. The command
 line prints it in one line and exits with `exit_code`: 2 for wrong usage or input, 1 for a failure
-on the way.
+on the way, 3 for a gate that does not hold.
 """
 
 from __future__ import annotations
@@ -74,6 +74,12 @@ class DownloadError(PolyLensError, ConnectionError):
 
 class TrainingError(PolyLensError, ArithmeticError):
     """Training diverged or met a value that is not finite; the last good state is kept."""
+
+
+class GateError(PolyLensError, ArithmeticError):
+    """Harm to a protected language cannot be ruled out."""
+
+    exit_code = 3
 
 
 class DistributedError(PolyLensError, ConnectionError):

@@ -9,6 +9,7 @@ import yaml
 
 from polylens.config import RunConfig
 from polylens.evaluation import Evaluation
+from polylens.evaluation.gate import Dial
 from polylens.languages import language_name
 
 CITATION = """@article{zhao2024lens,
@@ -20,13 +21,16 @@ CITATION = """@article{zhao2024lens,
 }"""
 
 
-def model_card(config: RunConfig, evaluation: Evaluation, plan: Mapping[str, Any]) -> str:
+def model_card(
+    config: RunConfig, evaluation: Evaluation, plan: Mapping[str, Any], dial: Dial
+) -> str:
     """Write the card of a merged model.
 
     Args:
         config: of the run.
         evaluation: before and after.
         plan: what plan.json of the run holds.
+        dial: the strength that was chosen, and why.
 
     Returns:
         Markdown with the front matter that the Hub reads. No path of the machine is in it.
@@ -57,7 +61,7 @@ def model_card(config: RunConfig, evaluation: Evaluation, plan: Mapping[str, Any
             f"{config.train.retain_weight}",
         ),
         ("agnostic subspace", config.probe.agnostic),
-        ("dial of this model", config.output.strength),
+        ("dial of this model", dial.strength),
         ("seed", config.seed),
     ]
     return f"""---
@@ -75,6 +79,8 @@ in training, only parallel prompts.
 ## Results
 
 {results_table(evaluation)}
+
+{dial.sentence()}
 
 Held-out prompts: {heldout["rows"]} rows of `{heldout["name"]}`. Answers are greedy, at most
 {evaluation.max_new_tokens} tokens, and count as in the language when py3langid, limited to the

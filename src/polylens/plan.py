@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from polylens.config import EvaluateSettings, RunConfig, Runtime
@@ -16,6 +17,7 @@ from polylens.corpora.readers import STARTER
 from polylens.detection import LanguageDetector
 from polylens.errors import ConfigError, CorpusError
 from polylens.evaluation import Heldout
+from polylens.evaluation.tasks import TaskSpec, choose_tasks
 from polylens.execution import Execution, plan_execution
 from polylens.hidden_states import n_tokens_run
 from polylens.models.loading import choose_device, load_tokenizer
@@ -64,6 +66,7 @@ class Plan:
         probing: language → prompts.
         training: parallel prompts.
         heldout: what the model is evaluated on.
+        benchmarks: tasks that the gate reads.
         corpora: role → name, fingerprint and counts, for the record.
         execution: how the model is run here.
         cost: see `Cost`.
@@ -76,6 +79,7 @@ class Plan:
     probing: Mapping[str, Prompts]
     training: ParallelPrompts
     heldout: Heldout
+    benchmarks: tuple[TaskSpec, ...]
     corpora: Mapping[str, Mapping[str, Any]]
     execution: Execution
     cost: Cost
@@ -138,6 +142,12 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
         config.languages,
         config.evaluate.extra_languages,
     )
+    evaluate = config.evaluate
+    benchmarks = choose_tasks(
+        evaluate.tasks,
+        (*languages, *evaluate.extra_languages),
+        Path(evaluate.data_dir) if evaluate.data_dir else None,
+    )
     n_crown_layers = facts.n_layers - min(layers)
     execution = plan_execution(facts, runtime, n_crown_layers=n_crown_layers).agreed()
     return Plan(
@@ -148,6 +158,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
         probing=probing,
         training=training,
         heldout=heldout,
+        benchmarks=tuple(benchmarks),
         corpora={
             "probing": {
                 "name": probing_corpus.name,

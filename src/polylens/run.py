@@ -1,8 +1,8 @@
 """The main job: a run folder, from a configuration to a better model, the proof and a report.
 
-`enhance` does the stages in order: probe, train, evaluate, save the model, report. Each writes its
-artefact whole and then notes itself in the journal, so a run that was killed goes on where it was,
-and one that is finished is not repeated. The folder is described in docs/runs.md.
+`enhance` does the stages in order: probe, train, choose the strength, evaluate, save, report. Each
+writes its artefact whole and then notes itself in the journal, so a run that was killed goes on
+where it was, and one that is finished is not repeated. The folder is described in docs/runs.md.
 """
 
 from __future__ import annotations
@@ -40,6 +40,19 @@ from polylens.evaluation import (
     summarise,
     write_answers,
 )
+from polylens.evaluation.gate import Dial, turn_dial
+from polylens.evaluation.measures import Scorecard, compare_scorecards
+from polylens.evaluation.scoring import Candidate
+from polylens.evaluation.sides import tokenizer_fingerprint
+from polylens.evaluation.suite import (
+    BITS_PER_BYTE,
+    FIDELITY,
+    RETRIEVAL,
+    Suite,
+    answer_runs,
+    measure_retrieval,
+    run_suite,
+)
 from polylens.execution import load_as_planned
 from polylens.journal import Journal, versions
 from polylens.machine import deterministic
@@ -55,7 +68,16 @@ from polylens.subspaces import Subspaces
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("probe", "train", "answers-before", "answers-after", "states", "model", "report")
+STAGES = (
+    "probe",
+    "train",
+    "gate",
+    "answers-before",
+    "answers-after",
+    "states",
+    "model",
+    "report",
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +122,11 @@ class RunFolder:
         return self.path / "checkpoint.safetensors"
 
     @property
+    def gate(self) -> Path:
+        """What each strength costs and brings, and the one that was chosen."""
+        return self.path / "gate.json"
+
+    @property
     def evaluation(self) -> Path:
         """Folder of answers and summary."""
         return self.path / "evaluation"
@@ -117,6 +144,10 @@ class RunFolder:
     def answers(self, when: str) -> Path:
         """Answers "before" or "after"."""
         return self.evaluation / f"{when}.jsonl"
+
+    def scorecard(self, when: str) -> Scorecard:
+        """Every example's value "before" or "after"."""
+        return Scorecard(self.evaluation / when)
 
     @property
     def model(self) -> Path:
@@ -152,11 +183,13 @@ class RunResult:
     Attributes:
         folder: names of its files.
         evaluation: before and after.
+        dial: what each strength costs and brings. Where its gate holds at none, no model was saved.
         done: stages done now; the others had been finished before.
     """
 
     folder: RunFolder
     evaluation: Evaluation
+    dial: Dial
     done: tuple[str, ...]
 
 
@@ -193,7 +226,7 @@ def enhance(
     run = _Run(config, runtime, folder, progress)
     finished = distributed.from_first([stage for stage in STAGES if run.is_finished(stage)])
     if len(finished) == len(STAGES):
-        return RunResult(folder, Evaluation.from_dict(read_json(folder.summary)), ())
+        return _result(folder, ())
     with distributed.first_alone():  # what is downloaded or converted, is once
         resolve(config.model, revision=config.revision, offline=runtime.offline, progress=progress)
     plan = run.plan  # everything cheap that can be wrong is found before the folder is made
@@ -212,7 +245,12 @@ def enhance(
                 run.stages[stage].do(noted)
             distributed.wait()
             done.append(stage)
-    return RunResult(folder, Evaluation.from_dict(read_json(folder.summary)), tuple(done))
+    return _result(folder, tuple(done))
+
+
+def _result(folder: RunFolder, done: tuple[str, ...]) -> RunResult:
+    evaluation = Evaluation.from_dict(read_json(folder.summary))
+    return RunResult(folder, evaluation, Dial.from_dict(read_json(folder.gate)), done)
 
 
 def _set_up(
@@ -289,6 +327,7 @@ class _Run:
         self.stages: Mapping[str, _Stage] = {
             "probe": _Stage((folder.subspaces,), self._probe),
             "train": _Stage((folder.delta,), self._train),
+            "gate": _Stage((folder.gate,), self._turn_dial),
             "answers-before": _Stage((folder.answers("before"),), self._answer_before),
             "answers-after": _Stage((folder.answers("after"),), self._answer_after),
             "states": _Stage((folder.summary, folder.map_states), self._compare),
@@ -298,8 +337,10 @@ class _Run:
 
     def is_finished(self, stage: str) -> bool:
         """Whether a stage is noted in the journal and its files are there."""
-        noted = self.folder.journal.finished(stage) is not None
-        return noted and all(path.exists() for path in self.stages[stage].outputs)
+        noted = self.folder.journal.finished(stage)
+        if noted is None:
+            return False
+        return "refused" in noted or all(path.exists() for path in self.stages[stage].outputs)
 
     @cached_property
     def plan(self) -> Plan:
@@ -327,10 +368,18 @@ class _Run:
         return CrownDelta.load(self.folder.delta, fingerprint=self.model.fingerprint)
 
     @cached_property
-    def saved_dtype(self) -> torch.dtype:
-        """Dtype of the merged model; what is evaluated is the model as saved."""
-        output = self.config.output
-        return choose_dtype(self.model, self.delta, output.dtype, output.strength)
+    def dial(self) -> Dial:
+        return Dial.from_dict(read_json(self.folder.gate))
+
+    @cached_property
+    def candidate(self) -> Candidate:
+        """The crown as it will be saved."""
+        return self.candidate_at(self.dial.strength)
+
+    def candidate_at(self, strength: float) -> Candidate:
+        """The crown as it would be saved at a strength; that is what is evaluated."""
+        dtype = choose_dtype(self.model, self.delta, self.config.output.dtype, strength)
+        return Candidate(self.delta, strength, dtype)
 
     def record(self) -> dict[str, Any]:
         """What plan.json holds: no path of the machine, so that runs can be compared."""
@@ -381,12 +430,56 @@ class _Run:
             self.folder.checkpoint.unlink(missing_ok=True)
         noted["tokens"] = self.plan.training.n_tokens
 
+    def _turn_dial(self, noted: dict[str, Any]) -> None:
+        wanted, steps = self.config.output.strength, self.config.gate.steps
+        # A strength of 0 is the untouched model; it needs no steps.
+        strengths = [wanted * step / steps for step in range(1, steps + 1)] if wanted else [0.0]
+        evaluate = self.config.evaluate
+        suite = Suite(
+            (BITS_PER_BYTE,),
+            self.plan.benchmarks,
+            self.plan.heldout,
+            limit=evaluate.limit,
+            data_dir=Path(evaluate.data_dir) if evaluate.data_dir else None,
+        )
+        runs = [
+            run
+            for _, part in run_suite(
+                self.model,
+                [Candidate(), *map(self.candidate_at, strengths)],
+                suite,
+                token_budget=self.runtime.token_budget,
+                scratch=self.plan.execution.scratch(),
+                progress=self.progress,
+            )
+            for run in part
+        ]
+        watched = evaluate.extra_languages if self.config.gate.watched else ()
+        dial = turn_dial(runs, strengths, (self.config.central, *watched), self.config.gate)
+        if not distributed.is_first():
+            return
+        chosen = strengths.index(dial.strength) + 1
+        for when, number, strength in (("before", 0, None), ("after", chosen, dial.strength)):
+            card = self.folder.scorecard(when)
+            card.open(
+                {
+                    "model": self.config.model,
+                    "fingerprint": self.model.fingerprint,
+                    "strength": strength,
+                    "tokenizer": tokenizer_fingerprint(self.model.tokenizer),
+                    "limit": evaluate.limit,
+                    "corpus": self.plan.heldout.corpus.fingerprint,
+                }
+            )
+            card.add("gate", [(run.task, run.examples[number]) for run in runs], with_samples=True)
+        noted["strength"] = dial.strength
+        write_json(self.folder.gate, dial.to_dict())
+
     def _answer_before(self, noted: dict[str, Any]) -> None:
         self._answer("before")
 
     def _answer_after(self, noted: dict[str, Any]) -> None:
-        strength = self.config.output.strength
-        with self.delta.applied(self.model.structure, strength, self.saved_dtype):
+        with self.candidate.applied(self.model.structure):
             self._answer("after")
 
     def _answer(self, when: str) -> None:
@@ -401,11 +494,19 @@ class _Run:
             self.model,
             [self.delta],
             self.plan.heldout,
-            strength=self.config.output.strength,
-            dtype=self.saved_dtype,
+            strength=self.candidate.strength,
+            dtype=self.candidate.dtype,
             token_budget=self.runtime.token_budget,
             scratch=self.plan.execution.scratch(),
             progress=self.progress,
+        )
+        retrieval = measure_retrieval(
+            self.model,
+            [Candidate(), self.candidate],
+            self.plan.heldout,
+            self.runtime.token_budget,
+            self.plan.execution.scratch(),
+            self.progress,
         )
         if not distributed.is_first():
             return
@@ -418,29 +519,38 @@ class _Run:
             },
             {"position": "last", "layer": self.model.structure.n_layers},
         )
+        before, after = (read_answers(self.folder.answers(when)) for when in ("before", "after"))
+        cards = [self.folder.scorecard(when) for when in ("before", "after")]
+        fidelity = answer_runs([before, after], self.plan.heldout.all_languages)
+        for number, card in enumerate(cards):
+            for part, runs in ((FIDELITY, fidelity), (RETRIEVAL, retrieval)):
+                card.add(
+                    part, [(run.task, run.examples[number]) for run in runs], with_samples=True
+                )
         evaluation = summarise(
-            self.plan.heldout,
-            read_answers(self.folder.answers("before")),
-            read_answers(self.folder.answers("after")),
-            comparison,
-            self.config.evaluate.max_new_tokens,
+            self.plan.heldout, before, after, comparison, self.config.evaluate.max_new_tokens
         )
+        evaluation = dataclasses.replace(evaluation, measures=tuple(compare_scorecards(*cards)))
         write_json(self.folder.summary, evaluation.to_dict())
 
     def _save_model(self, noted: dict[str, Any]) -> None:
-        if not distributed.is_first():
+        if not self.dial.holds:
+            noted["refused"] = "gate"
+        if not distributed.is_first() or not self.dial.holds:
             return
-        dtype = self.saved_dtype
+        dtype = self.candidate.dtype
+        assert dtype is not None
         save_model(
             self.model,
             self.delta,
             self.folder.model,
-            strength=self.config.output.strength,
+            strength=self.candidate.strength,
             dtype=dtype,
             card=model_card(
                 self.config,
                 Evaluation.from_dict(read_json(self.folder.summary)),
                 read_json(self.folder.plan),
+                self.dial,
             ),
         )
         noted["dtype"] = str(dtype).removeprefix("torch.")
@@ -458,7 +568,14 @@ def read_report_data(folder: RunFolder) -> ReportData:
         RunError: the run has not come that far.
         CorruptFileError: a file is damaged.
     """
-    for path in (folder.summary, folder.subspaces, folder.delta, folder.plan, folder.resolved):
+    for path in (
+        folder.summary,
+        folder.gate,
+        folder.subspaces,
+        folder.delta,
+        folder.plan,
+        folder.resolved,
+    ):
         if not path.exists():
             raise RunError(
                 f"a report needs a run that has been evaluated, but {folder.path} has no "
@@ -486,4 +603,13 @@ def read_report_data(folder: RunFolder) -> ReportData:
         map_states=states,
         resolved_yaml=folder.resolved.read_text(encoding="utf-8"),
         plan=plan,
+        dial=Dial.from_dict(read_json(folder.gate)),
+        retrieval={
+            when: {
+                task.language: folder.scorecard(when).examples(name)
+                for name, task in folder.scorecard(when).tasks.items()
+                if task.protocol == "states" and task.language is not None
+            }
+            for when in ("before", "after")
+        },
     )

@@ -62,7 +62,7 @@ def test_likelihoods_and_accuracy_agree(llama: LanguageModel, chat: bool) -> Non
     delta = random_delta(llama)
     lm = CrownsLM(llama, [Candidate(), Candidate(delta)])
     (run,) = run_task(lm, TaskSpec("choice", "en", chat, LIKELIHOOD))
-    assert run.metric == "acc"
+    assert run.task.metric == "acc"
     for candidate, examples in zip(lm.candidates, run.examples, strict=True):
         with candidate.applied(llama.structure):
             expected = by_lm_eval(llama, LIKELIHOOD, chat)

@@ -10,6 +10,8 @@ import torch
 from polylens.evaluation import Answer, Evaluation
 from polylens.evaluation.drift import StateChange
 from polylens.evaluation.fidelity import Fidelity
+from polylens.evaluation.gate import Dial
+from polylens.evaluation.measures import Example, Task, compare_runs
 from polylens.evaluation.results import BeforeAfter, BitsPerByte
 from polylens.report import ReportData, render_probe_page, render_report
 from polylens.report.page import verdict
@@ -17,6 +19,19 @@ from polylens.report.projection import agnostic_plane, specific_plane
 from polylens.subspaces import probe_subspaces
 
 LANGUAGES = ("en", "sw", "ar")
+
+MEASURES = tuple(
+    compare_runs(
+        [
+            (
+                Task(f"xcopa_{k}", k, "continuation", "acc"),
+                [Example(str(i), 0.0) for i in range(9)],
+                [Example(str(i), float(i % 2)) for i in range(9)],
+            )
+            for k in LANGUAGES
+        ]
+    )
+)
 
 
 def fidelity(passed: int) -> Fidelity:
@@ -39,6 +54,7 @@ def data() -> ReportData:
         fidelity={k: BeforeAfter(fidelity(1), fidelity(3)) for k in LANGUAGES},
         bits_per_byte={k: BitsPerByte(1.5, 1.25, 4, 100) for k in LANGUAGES},
         state_change={k: StateChange(0.0123, 0.001, 0.02, 4) for k in LANGUAGES},
+        measures=MEASURES,
     )
     answers = [
         Answer(k, i, f"question {i}", "<script>alert('x')</script>", "unknown", False)
@@ -70,6 +86,11 @@ def data() -> ReportData:
                 "heldout": {"name": "starter", "rows": 4},
             },
             "versions": {"polylens": "0.1.0"},
+        },
+        dial=Dial(0.5, True, {0.5: None, 1.0: None}, {0.5: MEASURES, 1.0: MEASURES}),
+        retrieval={
+            when: {"sw": [Example("0", 1.0, responses={"raw": [0, 1], "centred": [1, 1]})]}
+            for when in ("before", "after")
         },
     )
 

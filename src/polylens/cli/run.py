@@ -21,6 +21,7 @@ from polylens.run import enhance as enhance_run
 _TITLES = {
     "probe": "Probing the language subspaces",
     "train": "Training the top layers",
+    "gate": "Choosing the strength that leaves the central language unharmed",
     "answers-before": "Answering held-out prompts, before",
     "answers-after": "Answering held-out prompts, after",
     "states": "Comparing states and bits per byte",
@@ -129,45 +130,52 @@ def enhance(
             on_stage=announce,
         )
     address = None
-    if push_to_hub and distributed.is_first():
+    if push_to_hub and distributed.is_first() and result.dial.holds:
         address = hub.push_model(result.folder.model, push_to_hub)
     if as_json:
-        print_json({"out": str(out_folder), **result.evaluation.to_dict()})
+        values = {"out": str(out_folder), "gate": result.dial.to_dict()}
+        print_json({**values, **result.evaluation.to_dict()})
+        result.dial.require()
         return
     print_evaluation(result.evaluation)
+    out.print(f"\n{result.dial.sentence()}", highlight=False, soft_wrap=True)
     _print_end(result, time.monotonic() - started)
     if address is not None:
         out.print(f"  pushed   {address}", highlight=False, soft_wrap=True)
+    result.dial.require()
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print before and after, central language first."""
+    by_name = {one.task.name: one for one in evaluation.measures}
     rows = []
     for language in evaluation.all_languages:
-        fidelity, bits = evaluation.fidelity[language], evaluation.bits_per_byte[language]
+        fidelity = evaluation.fidelity[language]
+        bits = by_name[f"bits_per_byte_{language}"].change
         change = evaluation.state_change[language]
         rows.append(
             [
                 f"{language_name(language)} ({language})",
                 f"{fidelity.before.passed} → {fidelity.after.passed} of {fidelity.after.n}",
+                f"{by_name[f'fidelity_{language}'].change.p_value:.2g}",
                 f"{fidelity.before.repeating} → {fidelity.after.repeating}",
                 f"{bits.before:.3f} → {bits.after:.3f}",
+                f"{bits.low:+.3f} to {bits.high:+.3f}",
                 f"{change.relative:.2%}",
                 f"{change.kl_bits:.3f}",
             ]
         )
-    table(
-        None,
-        [
-            "language",
-            "answers in it ↑",
-            "repeating ↓",
-            "bits per byte ↓",
-            "states moved",
-            "KL, bits",
-        ],
-        rows,
-    )
+    columns = [
+        "language",
+        "answers in it ↑",
+        "p",
+        "repeating ↓",
+        "bits per byte ↓",
+        "change, 95 %",
+        "states moved",
+        "KL, bits",
+    ]
+    table(None, columns, rows)
 
 
 def _print_end(result: RunResult, seconds: float) -> None:
@@ -179,7 +187,7 @@ def _print_end(result: RunResult, seconds: float) -> None:
         peak = max(entry["peak_memory_bytes"] for entry in entries)
         out.print(f"\nDone in {duration(seconds)}, peak memory {size(peak)}.", highlight=False)
     for name, path in (
-        ("model", folder.model),
+        *([("model", folder.model)] if result.dial.holds else []),
         ("delta", folder.delta),
         ("report", folder.report),
         ("answers", folder.evaluation),

@@ -15,12 +15,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from polylens.errors import MissingExtraError, UsageError
 from polylens.evaluation.generation import generate_answers
+from polylens.evaluation.measures import Example, Protocol, Task, TaskRun
 from polylens.evaluation.scoring import Candidate, Score, score_continuations
 from polylens.evaluation.tasks import TaskSpec, task_manager
 from polylens.models.loading import LanguageModel
@@ -29,7 +29,7 @@ from polylens.scratch import Scratch
 
 try:
     import lm_eval
-    from lm_eval.api import task
+    from lm_eval.api import task as lm_eval_task
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
@@ -128,46 +128,6 @@ class CrownsLM(HFLM):  # type: ignore[misc, no-any-unimported]
         return replies
 
 
-@dataclass(frozen=True)
-class Example:
-    """One example of a task, answered by one candidate.
-
-    Attributes:
-        number: within the task.
-        key: hash of the example and its prompt, to pair answers by.
-        value: of the task's metric.
-        prompt: what the model was given.
-        target: the right answer, as the task has it.
-        responses: log-likelihoods of the choices, or the reply.
-    """
-
-    number: int
-    key: str
-    value: float
-    prompt: str
-    target: Any
-    responses: Any
-
-
-@dataclass(frozen=True)
-class TaskRun:
-    """A task answered by every candidate.
-
-    Attributes:
-        name: of the task; a group has one run for each of its tasks.
-        language: of its texts, if known.
-        metric: what `Example.value` is, e.g. "acc".
-        higher_is_better: whether more of it is.
-        examples: for each candidate, the examples in one order.
-    """
-
-    name: str
-    language: str | None
-    metric: str
-    higher_is_better: bool
-    examples: tuple[tuple[Example, ...], ...]
-
-
 def run_task(
     lm: CrownsLM, spec: TaskSpec, *, limit: int | None = None, data_dir: Path | None = None
 ) -> list[TaskRun]:
@@ -182,7 +142,7 @@ def run_task(
     Raises:
         UsageError: the task's data cannot be read.
     """
-    found: dict[str, list[tuple[str, bool, tuple[Example, ...]]]] = {}
+    found: dict[str, list[tuple[Task, tuple[Example, ...]]]] = {}
     with _quiet_harness():
         tasks = _load(spec, data_dir)
         for number in range(len(lm.candidates)):
@@ -191,17 +151,16 @@ def run_task(
                 lm, tasks, limit=limit, bootstrap_iters=0, apply_chat_template=spec.chat
             )
             for name, samples in results["samples"].items():
-                metric, higher = _metric_of(results, name, samples)
-                found.setdefault(name, []).append((metric, higher, _examples(samples, metric)))
+                metric, higher_is_better = _metric_of(results, name, samples)
+                protocol: Protocol = "chat" if spec.chat else "continuation"
+                one = Task(name, spec.language, protocol, metric, higher_is_better)
+                found.setdefault(name, []).append((one, _examples(samples, metric)))
             for task in tasks["tasks"].values():  # answers of one candidate are not the next one's
                 for instance in task.instances:
                     instance.resps, instance.filtered_resps = [], {}
     lm.current = 0
     lm.forget()
-    return [
-        TaskRun(name, spec.language, runs[0][0], runs[0][1], tuple(run[2] for run in runs))
-        for name, runs in found.items()
-    ]
+    return [TaskRun(runs[0][0], tuple(examples for _, examples in runs)) for runs in found.values()]
 
 
 def _load(spec: TaskSpec, data_dir: Path | None) -> Any:
@@ -239,8 +198,8 @@ def _examples(samples: Sequence[Any], metric: str) -> tuple[Example, ...]:
     first = samples[0]["filter"]
     return tuple(
         Example(
-            number=sample["doc_id"],
-            key=f"{sample['doc_hash'][:16]}{sample['prompt_hash'][:16]}",
+            # The same text may occur twice, so its number counts too.
+            key=f"{sample['doc_id']}-{sample['doc_hash'][:16]}-{sample['prompt_hash'][:16]}",
             value=float(sample[metric]),
             prompt=sample["arguments"][0][0],
             target=sample["target"],
@@ -255,11 +214,11 @@ def _examples(samples: Sequence[Any], metric: str) -> tuple[Example, ...]:
 def _quiet_harness() -> Iterator[None]:
     """Keep lm-eval's own log and progress bars from ours."""
     logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, task.tqdm
+    level, bar = logger.level, lm_eval_task.tqdm
     logger.setLevel(logging.ERROR)
-    task.tqdm = lambda items, **_: items
+    lm_eval_task.tqdm = lambda items, **_: items
     try:
         yield
     finally:
         logger.setLevel(level)
-        task.tqdm = bar
+        lm_eval_task.tqdm = bar

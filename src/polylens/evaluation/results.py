@@ -16,6 +16,7 @@ from polylens.artefacts import readable_storage_errors, write_text
 from polylens.errors import CorruptFileError
 from polylens.evaluation.drift import StateChange
 from polylens.evaluation.fidelity import Fidelity
+from polylens.evaluation.measures import Measure
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Evaluation:
         fidelity: language → answers in the language asked for.
         bits_per_byte: language → bits per byte.
         state_change: language → change of states.
+        measures: the same figures, and benchmarks and retrieval, each with its interval.
     """
 
     central: str
@@ -90,6 +92,7 @@ class Evaluation:
     fidelity: Mapping[str, BeforeAfter]
     bits_per_byte: Mapping[str, BitsPerByte]
     state_change: Mapping[str, StateChange]
+    measures: tuple[Measure, ...] = ()
 
     @property
     def all_languages(self) -> tuple[str, ...]:
@@ -114,6 +117,7 @@ class Evaluation:
             },
             bits_per_byte={k: BitsPerByte(**v) for k, v in values["bits_per_byte"].items()},
             state_change={k: StateChange(**v) for k, v in values["state_change"].items()},
+            measures=tuple(map(Measure.from_dict, values.get("measures", ()))),
         )
 
 

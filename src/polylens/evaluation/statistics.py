@@ -24,6 +24,9 @@ LEVEL = 0.95
 # The bootstrap's error of a 95 % bound is then about a fiftieth of its width.
 _N_RESAMPLES = 2000
 
+# Below this, resamples without any spread are too many for a bound to exist.
+_N_BOOTSTRAP = 5
+
 # Chance that an effect of the size called detectable is found, as power analyses usually have it.
 _POWER = 0.8
 
@@ -270,7 +273,10 @@ def _detectable_rate(discordant: float, n: int, level: float) -> float:
 
 
 def _studentised(values: Values, quantiles: tuple[float, float], seed: int) -> tuple[float, float]:
-    """Bounds of a mean by the studentised bootstrap (Efron and Tibshirani 1993, chapter 12)."""
+    """Bounds of a mean by the studentised bootstrap (Efron and Tibshirani 1993, chapter 12).
+
+    Fewer than five values have Student's t instead, and a single one has no bounds.
+    """
     n = len(values)
     mean = float(values.mean())
     if n < 2:
@@ -278,6 +284,9 @@ def _studentised(values: Values, quantiles: tuple[float, float], seed: int) -> t
     error = float(values.std(ddof=1)) / n**0.5
     if error == 0.0:
         return mean, mean
+    if n < _N_BOOTSTRAP:
+        low, high = stats.t.ppf(quantiles, n - 1)
+        return mean + float(low) * error, mean + float(high) * error
     drawn = np.random.default_rng(seed).integers(0, n, (_N_RESAMPLES, n))
     resampled = values[drawn]  # (n_resamples, n)
     errors = resampled.std(axis=1, ddof=1) / n**0.5

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import importlib.util
 import json
 import re
 import unicodedata
@@ -112,6 +113,8 @@ def choose_tasks(
         UsageError: no such task, or its data are missing.
         MissingExtraError: lm-eval is not installed.
     """
+    if names and importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtraError("lm-eval", "eval", "evaluation on benchmarks")
     known = _own(data_dir)
     chosen: dict[str, TaskSpec] = {}
     for name in names:

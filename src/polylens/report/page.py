@@ -7,19 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import plotly.graph_objects as go
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
 from polylens.evaluation import Answer, Evaluation
+from polylens.evaluation.gate import Dial, Verdict
+from polylens.evaluation.measures import Example, Measure
 from polylens.languages import language_name
 from polylens.model_card import CITATION
-from polylens.report.plots import language_colours, loss_curves, probe_figure, subspace_map
+from polylens.report.plots import (
+    difference_figure,
+    language_colours,
+    loss_curves,
+    probe_figure,
+    retrieval_figure,
+    subspace_map,
+    tradeoff_figure,
+)
 from polylens.subspaces import Subspaces
 
 _SAMPLES = 6
@@ -39,6 +48,8 @@ class ReportData:
         map_states: "before" and "after" → language → (n, hidden_size).
         resolved_yaml: every setting as used.
         plan: what plan.json holds.
+        dial: what each strength costs and brings.
+        retrieval: "before" and "after" → language → examples of `measure_retrieval`.
     """
 
     evaluation: Evaluation
@@ -50,6 +61,8 @@ class ReportData:
     map_states: Mapping[str, Mapping[str, Tensor]]
     resolved_yaml: str
     plan: Mapping[str, Any]
+    dial: Dial
+    retrieval: Mapping[str, Mapping[str, Sequence[Example]]]
 
 
 def render_report(data: ReportData) -> str:
@@ -60,7 +73,17 @@ def render_report(data: ReportData) -> str:
         figures["map"] = _figure(subspace_map(before, after, data.subspaces, data.map_layer), "map")
     figures["losses"] = _figure(loss_curves(data.training_log), "losses")
     figures["probe"] = _figure(probe_figure(data.subspaces), "probe")
+    if data.retrieval["before"]:
+        colours = language_colours(data.subspaces.languages, data.subspaces.central)
+        figures["retrieval"] = _figure(retrieval_figure(data.retrieval, colours), "retrieval")
+    chosen = data.dial.strength
+    measures = {"after": data.evaluation.measures}
+    figures |= comparison_figures(measures, {}, data.evaluation.central)
+    tradeoff = tradeoff_figure(data.dial.measures, data.evaluation.central)
+    if tradeoff is not None:
+        figures["tradeoff"] = _figure(tradeoff, "tradeoff")
     return _render(
+        "template.html",
         title=f"{data.plan['model']['name']}: before and after",
         evaluation=data.evaluation,
         verdict=verdict(data.evaluation),
@@ -68,13 +91,16 @@ def render_report(data: ReportData) -> str:
         figures=figures,
         data=data,
         citation=CITATION,
-        subspaces=data.subspaces,
+        measures=measures,
+        verdicts={"after": data.dial.verdicts[chosen]},
+        colours=language_colours(data.subspaces.languages, data.subspaces.central),
     )
 
 
 def render_probe_page(subspaces: Subspaces) -> str:
     """Return the pictures of `polylens probe` as one HTML page."""
     return _render(
+        "template.html",
         title=f"{subspaces.metadata['model']}: language subspaces",
         evaluation=None,
         verdict="",
@@ -82,14 +108,16 @@ def render_probe_page(subspaces: Subspaces) -> str:
         figures={"probe": _figure(probe_figure(subspaces), "probe")},
         data=None,
         citation=CITATION,
-        subspaces=subspaces,
+        measures={},
+        verdicts={},
+        colours=language_colours(subspaces.languages, subspaces.central),
     )
 
 
 def verdict(evaluation: Evaluation) -> str:
     """Say in one sentence what was counted; no more than that.
 
-    The counts come without a test of significance, so the sentence claims none.
+    What is beyond chance, the table of differences tells.
     """
     parts = []
     for language in evaluation.all_languages:
@@ -122,12 +150,55 @@ def _figure(figure: go.Figure, name: str) -> Markup:
     return Markup(html)
 
 
-def _render(**values: Any) -> str:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["language"] = language_name
-    template = resources.files("polylens.report").joinpath("template.html")
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
-        plotly=Markup(get_plotlyjs()),
-        colours=language_colours(values["subspaces"].languages, values["subspaces"].central),
-        **values,
+def render_comparison(
+    title: str,
+    measures: Mapping[str, Sequence[Measure]],
+    verdicts: Mapping[str, Verdict | None],
+    strengths: Mapping[str, float],
+    central: str,
+) -> str:
+    """Return a page that compares a model with candidates.
+
+    Args:
+        title: of the page.
+        measures: by candidate.
+        verdicts: of the gate, by candidate; None where it had nothing to tell by.
+        strengths: of the dial, by candidate; empty where there is no dial.
+        central: the language to protect.
+    """
+    return _render(
+        "comparison.html",
+        title=title,
+        measures=measures,
+        verdicts=verdicts,
+        central=central,
+        figures=comparison_figures(measures, strengths, central),
     )
+
+
+def comparison_figures(
+    measures: Mapping[str, Sequence[Measure]], strengths: Mapping[str, float], central: str
+) -> dict[str, Markup]:
+    """Return the differences of each candidate, and the trade-off where there are strengths."""
+    figures = {
+        f"differences-{label}": _figure(difference_figure(found, central), f"differences-{number}")
+        for number, (label, found) in enumerate(measures.items())
+        if found
+    }
+    if len(strengths) > 1:
+        points = {strengths[label]: found for label, found in measures.items()}
+        figure = tradeoff_figure(points, central)
+        if figure is not None:
+            figures["tradeoff"] = _figure(figure, "tradeoff")
+    return figures
+
+
+def _render(name: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("polylens.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["language"] = language_name
+    return environment.get_template(name).render(plotly=Markup(get_plotlyjs()), **values)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from polylens.evaluation.measures import Example, Measure
 from polylens.languages import language_name
 from polylens.report.projection import Plane, agnostic_plane, specific_plane
 from polylens.subspaces import Subspaces
@@ -158,6 +160,189 @@ def subspace_map(
     figure.update_xaxes(title_text="along mu_a", row=1, col=2)
     figure.update_yaxes(title_text="strongest axis outside", row=1, col=2)
     return _styled(figure, height=480)
+
+
+_METRICS = {
+    "acc": "accuracy",
+    "in_language": "answers in the language",
+    "bits_per_byte": "bits per byte saved",
+}
+
+
+def difference_figure(measures: Sequence[Measure], central: str) -> go.Figure:
+    """Draw each difference with its interval, right is better; one panel a metric.
+
+    Args:
+        measures: before and after.
+        central: the language drawn in grey.
+    """
+    by_metric: dict[str, list[Measure]] = {}
+    for one in measures:
+        by_metric.setdefault(one.task.metric, []).append(one)
+    figure = make_subplots(
+        rows=len(by_metric),
+        cols=1,
+        subplot_titles=[f"change of {_METRICS.get(metric, metric)}" for metric in by_metric],
+        row_heights=[2 + len(found) for found in by_metric.values()],
+        vertical_spacing=min(0.3, 90 / (140 * len(by_metric) + 24 * len(measures))),
+    )
+    languages = list(dict.fromkeys(one.task.language or "" for one in measures))
+    colours = language_colours(languages, central)
+    for row, found in enumerate(by_metric.values(), start=1):
+        for one in found:
+            low, middle, high = _signed(one)
+            colour = colours[one.task.language or ""]
+            figure.add_scatter(
+                x=[middle],
+                y=[one.task.name],
+                error_x={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [high - middle],
+                    "arrayminus": [middle - low],
+                    "color": colour,
+                },
+                mode="markers",
+                marker={
+                    "color": colour,
+                    "size": 9,
+                    "symbol": "circle" if one.p_corrected < 0.05 else "circle-open",
+                },
+                name=one.task.name,
+                showlegend=False,
+                hovertemplate=f"%{{y}}: {middle:+.3f} ({low:+.3f} to {high:+.3f})<extra></extra>",
+                row=row,
+                col=1,
+            )
+        figure.add_vline(x=0, line={"color": _CENTRAL, "width": 1, "dash": "dot"}, row=row, col=1)
+    figure.update_yaxes(autorange="reversed")
+    return _styled(figure, height=100 + 70 * len(by_metric) + 24 * len(measures))
+
+
+def tradeoff_figure(points: Mapping[float, Sequence[Measure]], central: str) -> go.Figure | None:
+    """Draw the targets' gain against the central language's, by strength; one panel a metric.
+
+    Args:
+        points: strength → measures.
+        central: the language to protect.
+
+    Returns:
+        The figure; None if no metric has both the central language and another.
+    """
+    panels = _panels(points, central)
+    if not panels:
+        return None
+    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=list(panels))
+    languages = list(dict.fromkeys(k for lines in panels.values() for k in lines))
+    colours = language_colours(languages, central)
+    shown: set[str] = set()
+    for column, lines in enumerate(panels.values(), start=1):
+        for language, line in lines.items():
+            strengths = sorted(line)
+            ours = [_signed(line[s][1]) for s in strengths]
+            theirs = [_signed(line[s][0]) for s in strengths]
+            figure.add_scatter(
+                x=[0, *(middle for _, middle, _ in theirs)],
+                y=[0, *(middle for _, middle, _ in ours)],
+                error_x=_bars(theirs, colours[language]),
+                error_y=_bars(ours, colours[language]),
+                text=["", *(f"{s:g}" for s in strengths)],
+                textposition="top right",
+                mode="lines+markers+text",
+                marker={
+                    "symbol": ["circle-open", *("circle" for _ in strengths)],
+                    "size": 8,
+                },
+                line={"color": colours[language], "width": 2},
+                name=language_name(language),
+                legendgroup=language,
+                showlegend=language not in shown,
+                row=1,
+                col=column,
+            )
+            shown.add(language)
+        figure.update_xaxes(title_text=f"{language_name(central)}: change", row=1, col=column)
+        figure.update_yaxes(title_text="target: change", row=1, col=column)
+        figure.add_vline(
+            x=0, line={"color": _CENTRAL, "width": 1, "dash": "dot"}, row=1, col=column
+        )
+        figure.add_hline(
+            y=0, line={"color": _CENTRAL, "width": 1, "dash": "dot"}, row=1, col=column
+        )
+    return _styled(figure, height=420)
+
+
+def retrieval_figure(
+    retrieval: Mapping[str, Mapping[str, Sequence[Example]]], colours: Mapping[str, str]
+) -> go.Figure:
+    """Draw by layer how many translations are nearest neighbours, before and after.
+
+    Args:
+        retrieval: "before" and "after" → language → examples of `measure_retrieval`.
+        colours: by language.
+    """
+    kinds = {"raw": "states as they are", "centred": "language means taken off"}
+    figure = make_subplots(rows=1, cols=2, subplot_titles=list(kinds.values()), shared_yaxes=True)
+    for when, dash in (("before", "dot"), ("after", "solid")):
+        for language, examples in retrieval[when].items():
+            for column, kind in enumerate(kinds, start=1):
+                found = [one.responses[kind] for one in examples]  # (n, n_layers + 1)
+                rates = [sum(at) / len(at) for at in zip(*found, strict=True)]
+                figure.add_scatter(
+                    x=list(range(len(rates))),
+                    y=rates,
+                    name=language_name(language),
+                    legendgroup=language,
+                    showlegend=column == 1 and when == "after",
+                    mode="lines",
+                    line={"color": colours.get(language, _CENTRAL), "width": 2, "dash": dash},
+                    row=1,
+                    col=column,
+                )
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
+    figure.update_xaxes(title_text="decoder layer")
+    return _styled(figure, height=380)
+
+
+def _panels(
+    points: Mapping[float, Sequence[Measure]], central: str
+) -> dict[str, dict[str, dict[float, tuple[Measure, Measure]]]]:
+    """Title → language → strength → the central language's measure, and the target's."""
+    panels: dict[str, dict[str, dict[float, tuple[Measure, Measure]]]] = {}
+    for strength, measures in points.items():
+        # Tasks of one family and protocol belong together: xcopa_sw_letters and xcopa_en_letters.
+        families: dict[str, dict[str, Measure]] = {}
+        for one in measures:
+            if one.task.language is not None:
+                family = " ".join(p for p in one.task.name.split("_") if p != one.task.language)
+                families.setdefault(family, {})[one.task.language] = one
+        for family, by_language in families.items():
+            if central in by_language:
+                for language, one in by_language.items():
+                    if language != central:
+                        line = panels.setdefault(family, {}).setdefault(language, {})
+                        line[strength] = (by_language[central], one)
+    return panels
+
+
+def _signed(one: Measure) -> tuple[float, float, float]:
+    """Lower end, difference and upper end, signed so that more is better."""
+    change = one.change
+    if one.task.higher_is_better:
+        return change.low, change.difference, change.high
+    return -change.high, -change.difference, -change.low
+
+
+def _bars(intervals: Sequence[tuple[float, float, float]], colour: str) -> dict[str, Any]:
+    """Error bars of points, the first of which is the origin."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [0, *(high - middle for _, middle, high in intervals)],
+        "arrayminus": [0, *(middle - low for low, middle, _ in intervals)],
+        "color": colour,
+        "thickness": 1,
+    }
 
 
 def _draw_language(
