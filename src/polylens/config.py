@@ -125,7 +125,7 @@ class EvaluateSettings(_Settings):
         None,
         description="Held-out parallel prompts; default: rows of the training corpus kept apart.",
     )
-    rows: PositiveInt = Field(32, description="Held-out rows.")
+    rows: int = Field(32, ge=2, description="Held-out rows.")
     texts: str | None = Field(
         None, description="Texts for bits per byte; default: the held-out prompts themselves."
     )

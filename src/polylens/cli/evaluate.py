@@ -71,7 +71,7 @@ def evaluate(
     corpus: Annotated[
         str, typer.Option(help="Held-out parallel prompts; 'starter' takes its held-out rows.")
     ] = "starter",
-    rows: Annotated[int, typer.Option(min=1, help="Use at most so many of those.")] = 32,
+    rows: Annotated[int, typer.Option(min=2, help="Use at most so many of those.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 48,
     margin: Annotated[
         float, typer.Option(help="Loss of accuracy that the gate tolerates; 0.01 is a point.")
@@ -234,6 +234,10 @@ def _protocol(
     built_in = tuple(name for name in BUILT_IN if name in names)
     others_named = [name for name in names if name not in BUILT_IN]
     benchmarks = choose_tasks(others_named, (centre, *others), data_dir, chat=chat)
+    if built_in and not others:
+        raise UsageError(
+            f"{', '.join(built_in)} must have a language besides {centre}; name some by --languages"
+        )
     everything = (centre, *others) if built_in else (centre,)
     found = read_parallel(corpus, everything)
     found = found.split(rows)[1] if found.n_heldout else found.limit(rows)

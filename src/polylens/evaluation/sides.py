@@ -171,7 +171,7 @@ def evaluate_sides(
         suite = Suite(
             protocol.built_in,
             protocol.benchmarks,
-            make_heldout(model, protocol),
+            make_heldout(model, protocol) if protocol.built_in else None,
             protocol.max_new_tokens,
             protocol.limit,
             protocol.data_dir,

@@ -41,7 +41,7 @@ class Suite:
     Attributes:
         built_in: some of `BUILT_IN`.
         benchmarks: from `choose_tasks`.
-        heldout: prompts and texts of the built-in ones.
+        heldout: prompts and texts of the built-in ones; None where there are none.
         max_new_tokens: longest answer, for fidelity.
         limit: examples of a benchmark; None takes all.
         data_dir: folder with local copies of benchmarks.
@@ -49,7 +49,7 @@ class Suite:
 
     built_in: tuple[str, ...]
     benchmarks: tuple[TaskSpec, ...]
-    heldout: Heldout
+    heldout: Heldout | None
     max_new_tokens: int = 48
     limit: int | None = None
     data_dir: Path | None = None
@@ -89,6 +89,7 @@ def run_suite(
     """
     for name in suite.built_in:
         if name not in skip:
+            assert suite.heldout is not None
             on_part(name)
             if name == BITS_PER_BYTE:
                 yield (
