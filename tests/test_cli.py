@@ -18,9 +18,16 @@ QUICK = [
     "probe.texts_per_language=4",
     "train.rows=4",
     "train.batch_size=2",
-    "evaluate.rows=2",
+    "evaluate.rows=4",
     "evaluate.max_new_tokens=2",
+    "gate.text_margin=9",  # four rows of a random model show nothing
+    "gate.steps=1",
 ]
+
+
+COMMANDS = (
+    "enhance", "probe", "train", "evaluate", "compare", "report", "data", "doctor", "models",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -163,7 +170,7 @@ def test_a_whole_run_then_each_command_on_its_results(run: Any, tiny_folder: Pat
     assert code == 0, err
     assert "Swahili (sw)" in out
     assert "run/report.html" in out
-    assert "[7/7] Writing the report" in err
+    assert "[8/8] Writing the report" in err
     code, out, err = run(*enhance)
     assert code == 0
     assert "Nothing to do: run was finished before" in out
@@ -177,19 +184,124 @@ def test_a_whole_run_then_each_command_on_its_results(run: Any, tiny_folder: Pat
     assert code == 0
     assert Path("again.html").read_bytes() == Path("run/report.html").read_bytes()
     code, out, err = run(
-        "evaluate", "run/delta.safetensors", "--model", tiny_folder, "--limit", 2, "--json",
-        "--strength", 0, "--max-new-tokens", 2,
+        "evaluate", "run", "-l", "sw,zh", "--rows", 4, "--strength", 0,
+        "--max-new-tokens", 2, "--no-gate", "--out", "answers",
     )  # fmt: skip
     assert code == 0, err
-    change = json.loads(out)["state_change"]
-    assert all(change[language]["relative"] == 0 for language in ("en", "sw", "zh"))
+    assert "answers/summary.json" in out
+    measures = json.loads(Path("answers/summary.json").read_text())["measures"]["after"]
+    assert {one["change"]["difference"] for one in measures} == {0}
+    assert Path("answers/comparison.html").stat().st_size > 1_000_000
+    code, out, err = run("compare", "answers/before", "answers/after", "--json")
+    assert code == 0, err
+    assert json.loads(out)["measures"]["after"] == measures
     other = save_tiny(Path("other"), "qwen2")
-    code, _, err = run("evaluate", "run/delta.safetensors", "--model", other)
+    code, _, err = run("evaluate", "run/delta.safetensors", "--against", other)
     assert code == 2
     assert "belongs to another one" in err
     code, _, err = run("train", "run/subspaces.safetensors", "--model", other)
     assert code == 2
     assert "probed on another one" in err
+
+
+def test_harm_ends_in_exit_code_3(run: Any, taught_folder: Path) -> None:
+    """And a model that harms is not saved."""
+    code, out, err = run(
+        "enhance", "--model", taught_folder, "--languages", "sw", "--out", "run", *QUICK,
+        "gate.text_margin=0.01", "train.learning_rate=0.3", "train.retain_weight=0",
+    )  # fmt: skip
+    assert code == 3
+    assert "It holds at no strength" in " ".join(err.split())
+    assert "run/report.html" in out
+    assert not Path("run/model").exists()
+    code, out, err = run(
+        "evaluate", "run", "-l", "sw", "-t", "bits_per_byte", "--rows", 4, "--out", "answers"
+    )
+    assert code == 3
+    assert "Gate fails. English, bits per byte" in " ".join(err.split())
+    assert "answers/summary.json" in out  # what was measured is kept
+
+
+def test_one_strength_that_holds_is_enough(run: Any, taught_folder: Path) -> None:
+    code, _, err = run(
+        "enhance", "--model", taught_folder, "--languages", "sw", "--out", "run", *QUICK,
+        "train.learning_rate=0.3",
+    )  # fmt: skip
+    assert code == 0, err
+    code, out, err = run(
+        "evaluate", "run", "-l", "sw", "-t", "bits_per_byte", "--rows", 16, "--strength", "0,1",
+        "--out", "answers", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    gate = json.loads(out)["gate"]
+    assert (gate["after-0"]["holds"], gate["after-1"]["holds"]) == (True, False)
+
+
+def write_copa(folder: Path, n: int = 8) -> Path:
+    """Local copies of benchmarks, as small as they can be."""
+    items = "".join(
+        f'<item id="{k + 1}" asks-for="cause" most-plausible-alternative="{k % 2 + 1}">'
+        f"<p>The lamp {k} broke.</p><a1>It fell.</a1><a2>It rained.</a2></item>"
+        for k in range(n)
+    )
+    (folder / "copa").mkdir(parents=True)
+    (folder / "copa/copa-dev.xml").write_text(f"<copa-corpus>{items}</copa-corpus>")
+    return folder
+
+
+def test_benchmarks(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    data = write_copa(tmp_path / "data")
+    evaluate = [
+        "evaluate", tiny_folder, "-l", "en", "-t", "xcopa,xcopa_letters", "--data-dir", data,
+        "--out", "answers",
+    ]  # fmt: skip
+    code, out, err = run(*evaluate, "--json")
+    assert code == 0, err
+    figures = {one["name"]: one for one in json.loads(out)}
+    assert figures.keys() == {"xcopa_en", "xcopa_en_letters"}
+    assert figures["xcopa_en"]["n"] == 8
+    code, out, _ = run(*evaluate)
+    assert code == 0
+    assert "95 % interval" in out
+    (line, *_) = Path("answers/after/xcopa_en.jsonl").read_text().splitlines()
+    assert "The lamp 0 broke because" in json.loads(line)["prompt"]
+    code, out, _ = run("evaluate", "--list-tasks")
+    assert code == 0
+    assert "belebele" in out
+    assert "retrieval" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-t", "xcoppa"], "got 'xcoppa', did you mean 'xcopa'?"),
+        (["-t", "xcopa"], "--data-dir is not given; fetch COPA"),
+        (["-t", "xcopa", "--data-dir", "."], "is not there; fetch COPA"),
+        (["-t", "mgsm", "--data-dir", "."], "is not there; git clone"),
+        (["-l", "en"], "must have a language besides en"),
+        (["-l", "swahilli"], "did you mean 'swahili'?"),
+        (["--strength", "1"], "--strength must go with a run or a delta"),
+        (["--strength", "much"], "--strength must be numbers by commas"),
+        (["--strength", "-1"], "--strength must be at least 0"),
+        (["--margin", "2"], "margin"),
+        (["--against", "none/such"], "none/such"),
+    ],
+)
+def test_faulty_evaluations_end_in_one_sentence(
+    run: Any, tiny_folder: Path, arguments: list[str], message: str
+) -> None:
+    code, out, err = run("evaluate", tiny_folder, *arguments)
+    assert message in " ".join(err.split())
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    assert not list(Path().rglob("*.jsonl"))
+
+
+def test_folders_that_hold_no_answers(run: Any) -> None:
+    code, _, err = run("compare", "a", "b")
+    assert code == 2
+    assert "must hold scorecard.json, but a does not" in " ".join(err.split())
 
 
 def test_probe_then_train(run: Any, tiny_folder: Path) -> None:
@@ -301,7 +413,7 @@ def test_ctrl_c_ends_in_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_help_of_every_command_has_examples(run: Any) -> None:
-    for command in ("enhance", "probe", "train", "evaluate", "report", "data", "doctor", "models"):
+    for command in COMMANDS:
         code, out, _ = run(command, "--help")
         assert code == 0
         assert f"polylens {command}" in out

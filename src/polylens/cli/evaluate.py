@@ -35,7 +35,8 @@ def evaluate(
     against: Annotated[
         str | None,
         typer.Option(
-            help="Model to compare with; a run or a delta is compared with its own base.",
+            help="Model to compare with; a run is compared with its own, a delta too if it has one "
+            "from the registry or the Hub.",
             show_default=False,
         ),
     ] = None,

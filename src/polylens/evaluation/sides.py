@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from polylens.artefacts import read_json, readable_storage_errors
-from polylens.config import DEFAULT_MODEL, Runtime, load_config
+from polylens.config import Runtime, load_config
 from polylens.corpora import ParallelCorpus
 from polylens.crown import CrownDelta
 from polylens.errors import UsageError
@@ -26,6 +26,7 @@ from polylens.evaluation.tasks import TaskSpec
 from polylens.execution import Execution, open_model
 from polylens.journal import versions
 from polylens.models.loading import LanguageModel
+from polylens.models.registry import REGISTRY
 from polylens.progress import Progress, silent
 from polylens.prompts import choose_format
 from polylens.steps import encode_parallel
@@ -90,13 +91,14 @@ def choose_sides(target: str, against: str | None, strengths: Sequence[float] | 
         strengths: of a delta or a run; None takes the run's own, or 1.
 
     Raises:
-        UsageError: strengths are given for a model that has no dial.
+        UsageError: strengths are given for a model that has no dial, or a delta's model cannot
+            be told.
     """
     path = Path(target)
     delta, base, revision, own_strength = None, against, None, 1.0
     if path.is_file() and path.suffix == ".safetensors":
         delta = path
-        base = against or str(CrownDelta.load(path).metadata.get("model", DEFAULT_MODEL))
+        base = against or _base_of(path)
     elif (path / "resolved.yaml").is_file():
         config = load_config(path / "resolved.yaml")
         delta, base, revision = path / "delta.safetensors", config.model, config.revision
@@ -117,6 +119,21 @@ def choose_sides(target: str, against: str | None, strengths: Sequence[float] | 
         Side(BEFORE, base, revision),
         *(Side(after_label[s], base, revision, delta, s) for s in chosen),
     ]
+
+
+def _base_of(delta: Path) -> str:
+    """Return the model that a delta belongs to, which it knows by its name alone.
+
+    Raises:
+        UsageError: it was a folder.
+    """
+    name = str(CrownDelta.load(delta).metadata.get("model"))
+    if name in REGISTRY or "/" in name:
+        return name
+    raise UsageError(
+        f"the model must be named, since {delta} belongs to one in a folder called {name!r}; "
+        "give its path by --against"
+    )
 
 
 def run_strength(run: Path, configured: float) -> float:
