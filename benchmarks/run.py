@@ -1,7 +1,8 @@
 """Measure PolyLens against a plain reference and against the floor, side by side, in one run.
 
-    python benchmarks/run.py                        all parts but the large model
+    python benchmarks/run.py                        all parts but crowns and large
     python benchmarks/run.py method --share 5       one part, on a fifth of the data
+    python benchmarks/run.py crowns --data-dir DATA     with XCOPA's files in DATA/xcopa
     python benchmarks/run.py large --model-folder /big/disk/llama-8b
 
 Each part runs in a process of its own, prints a table and writes benchmarks/results/PART.json.
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import crowns
 import floor
 import growth
 import large
@@ -28,13 +30,14 @@ ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 SMALL, BIG = "smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct"
 # The whole data takes the reference half an hour, and the big model an hour, on two cores.
-SHARES = {"method": 5, "floor": 10, "growth": 1, "large": 1}
+SHARES = {"method": 5, "floor": 10, "growth": 1, "crowns": 1, "large": 1}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", help="method, floor, growth, large")
+    parser.add_argument("parts", nargs="*", help="method, floor, growth, crowns, large")
     parser.add_argument("--data", type=Path, help="folder with the paper's data")
+    parser.add_argument("--data-dir", type=Path, help="folder with benchmarks, for crowns")
     parser.add_argument("--share", type=int, help="take one in so many texts and rows")
     parser.add_argument("--model", help="another model for method, floor or growth")
     parser.add_argument("--model-folder", type=Path, default=Path("runs/llama-8b-random"))
@@ -62,6 +65,10 @@ def main() -> None:
         floor.run(given.model or BIG, data)
     elif part == "growth":
         growth.run(given.model or SMALL, data)
+    elif part == "crowns":
+        if given.data_dir is None:
+            parser.error("crowns reads XCOPA; give the folder that holds it by --data-dir")
+        crowns.run(given.model or BIG, given.data_dir)
     else:
         large.run(given.model or SMALL, data, given.model_folder)
 
@@ -71,7 +78,12 @@ def fill_page() -> None:
     results = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")
     }
-    for part, module in (("method", method), ("floor", floor), ("large", large)):
+    for part, module in (
+        ("method", method),
+        ("floor", floor),
+        ("crowns", crowns),
+        ("large", large),
+    ):
         if part in results:
             result = results[part]
             fill(PAGE, part, f"{module.table(result)}\n\n{result['machine']}, {result['date']}.")
