@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from polylens.cli import main
 from polylens.models.loading import LanguageModel, wrap_model
 from tiny import FAMILIES, build, save_taught, save_tiny, tiny_tokenizer
 
@@ -63,3 +66,23 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def taught_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete folder of a tiny Llama that knows some English; do not write to it."""
     return save_taught(tmp_path_factory.mktemp("models") / "taught")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Run the program in an empty folder; return exit code, stdout and stderr."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["polylens", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

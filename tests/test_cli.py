@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from polylens.cli import main
 from polylens.corpora import starter_corpus
 from tiny import build, save_tiny, tiny_tokenizer
 
@@ -26,28 +24,8 @@ QUICK = [
 
 
 COMMANDS = (
-    "enhance", "probe", "train", "evaluate", "compare", "report", "data", "doctor", "models",
+    "enhance", "probe", "train", "evaluate", "compare", "fidelity", "report", "data", "doctor", "models",
 )  # fmt: skip
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """Run the program in an empty folder; return exit code, stdout and stderr."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["polylens", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from polylens import distributed
-from polylens.cli import data, doctor, evaluate, models, probe, report, run, train
+from polylens.cli import data, doctor, evaluate, fidelity, models, probe, report, run, train
 from polylens.cli.console import err, out, set_up_logging
 from polylens.errors import PolyLensError
 from polylens.journal import versions
@@ -29,6 +29,7 @@ app.command("probe")(probe.probe)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
+app.command("fidelity")(fidelity.fidelity)
 app.command("report")(report.report)
 app.add_typer(models.app, name="models")
 app.command("data")(data.data)
