@@ -108,10 +108,13 @@ def test_the_paper_preset_states_every_published_value() -> None:
     assert stated.keys() == TrainSettings.model_fields.keys() - {"corpus"}
 
 
+_SECTIONS = ("probe", "train", "evaluate", "gate", "output")
+
+
 def test_every_setting_has_a_help_text() -> None:
-    for model in (RunConfig, *(RunConfig.model_fields[k].annotation for k in ("probe", "train"))):
+    for model in (RunConfig, *(RunConfig.model_fields[k].annotation for k in _SECTIONS)):
         for name, field in model.model_fields.items():  # type: ignore[union-attr]
-            assert field.description or name in ("probe", "train", "evaluate", "output")
+            assert field.description or name in _SECTIONS
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

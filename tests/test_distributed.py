@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from polylens import distributed
+from polylens.run import STAGES
 
 JOB = Path(__file__).parent / "distributed_job.py"
 
@@ -89,14 +90,15 @@ def test_a_run_by_two_processes_is_one_run(tiny_folder: Path, tmp_path: Path) ->
         "polylens",
         *("enhance", "--model", str(tiny_folder), "--languages", "sw", "--out", str(out)),
         *("train.rows=6", "train.max_tokens=512", "probe.texts_per_language=6"),
-        *("probe.max_tokens=512", "evaluate.rows=3", "evaluate.max_new_tokens=3"),
+        *("probe.max_tokens=512", "evaluate.rows=4", "evaluate.max_new_tokens=3"),
+        *("gate.text_margin=9", "gate.steps=2"),
     ]
     first, second = finish(launch(2, command))
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert "Done in" in first[1]
     assert not second[1]  # one of them talks
     stages = (out / "journal.jsonl").read_text().count('"stage"')
-    assert stages == 7
+    assert stages == len(STAGES)
     again, _ = finish(launch(2, command))
     assert "Nothing to do" in again[1]
 

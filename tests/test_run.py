@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from polylens.config import RunConfig, load_config
+from polylens.config import RunConfig, Runtime, load_config
 from polylens.crown import CrownDelta
 from polylens.errors import GateError, RunError, SubspaceError
 from polylens.models import load_model
@@ -35,6 +35,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+# Batches follow the memory that is free, unless it is given.
+RUNTIME = Runtime.model_validate({"memory": "4GB"})
+
+
 def configure(folder: Path, **changes: Any) -> RunConfig:
     return load_config(None, {**SETTINGS, "model": str(folder), **changes})
 
@@ -44,7 +48,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A finished run; do not write to it."""
     os.environ["POLYLENS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     out = tmp_path_factory.mktemp("runs") / "first"
-    enhance(configure(tiny_folder), out)
+    enhance(configure(tiny_folder), out, runtime=RUNTIME)
     return out
 
 
@@ -198,7 +202,7 @@ def test_subspaces_of_another_model_are_refused(
 _KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from polylens.config import load_config
+from polylens.config import Runtime, load_config
 from polylens.run import enhance
 import torch
 torch.set_num_threads(1)
@@ -217,7 +221,8 @@ def progress(done, total, what):
     if state["on"] and state["calls"] == calls:
         os.kill(os.getpid(), signal.SIGKILL)
 
-enhance(load_config(None, settings), out, on_stage=on_stage, progress=progress)
+runtime = Runtime(memory="4GB")
+enhance(load_config(None, settings), out, runtime=runtime, on_stage=on_stage, progress=progress)
 """
 
 # (stage, progress calls within it before the kill; 0 kills as it starts)
