@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from polylens import distributed
-from polylens.cli import data, doctor, evaluate, fidelity, models, probe, report, run, train
+from polylens.cli import data, doctor, evaluate, fidelity, judge, models, probe, report, run, train
 from polylens.cli.console import err, out, set_up_logging
 from polylens.errors import PolyLensError
 from polylens.journal import versions
@@ -30,6 +30,8 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("fidelity")(fidelity.fidelity)
+app.command("mt-bench")(judge.mt_bench)
+app.command("judge")(judge.judge)
 app.command("report")(report.report)
 app.add_typer(models.app, name="models")
 app.command("data")(data.data)
