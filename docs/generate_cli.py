@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.update({"TERMINAL_WIDTH": "100", "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"})
 
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from polylens.cli import app
 
 PAGE = Path(__file__).parent / "cli.md"
-COMMANDS = (
-    *((name,) for name in ("enhance", "probe", "train", "evaluate", "report", "models")),
-    ("models", "fetch"),
-    ("data",),
-    ("doctor",),
-)
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of a command, then those of its subcommands."""
+    yield path
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, (*path, name))
 
 
 def render() -> str:
     """Return the page."""
     parts = ["# Command line\n\nGenerated from `--help` by `make docs`.\n"]
-    for command in ((), *COMMANDS):
+    for command in commands(get_command(app)):
         result = CliRunner().invoke(app, [*command, "--help"], prog_name="polylens")
         assert result.exit_code == 0, result.output
         text = "\n".join(line.rstrip() for line in result.output.strip().splitlines())

@@ -18,14 +18,11 @@ from typing import Any
 from polylens import distributed
 from polylens.artefacts import read_json, readable_storage_errors, write_json, write_text
 from polylens.config import Runtime
-from polylens.crown import CrownDelta
 from polylens.detection import LanguageDetector, supported_languages
 from polylens.errors import CorpusError, UsageError
 from polylens.evaluation.generation import TOKEN_BUDGET, generate_answers
-from polylens.evaluation.scoring import Candidate
-from polylens.evaluation.sides import Side
+from polylens.evaluation.sides import Side, candidate_of, identity_of
 from polylens.execution import Execution, open_model
-from polylens.journal import versions
 from polylens.languages import normalize_language
 from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
@@ -163,11 +160,11 @@ def answer_sides(
         on_execution(execution)
         chat = choose_format(model.tokenizer, template)
         _check_context(model, questions[:limit], chat, max_new_tokens)
-        candidates = [_candidate(side, model) for side in own]
+        candidates = [candidate_of(side, model) for side in own]
         ready = []
         for side, candidate in zip(own, candidates, strict=True):  # before the first answer
             identity = {
-                **_identity(side, model, execution),
+                **identity_of(side, model, execution),
                 "questions": _fingerprint(questions),
                 "template": template,
                 "max_new_tokens": max_new_tokens,
@@ -197,12 +194,6 @@ def answer_sides(
                         write_text(path, "".join(f"{line}\n" for line in lines))
         del model
     return [out / f"{side.label}.jsonl" for side in sides]
-
-
-def _candidate(side: Side, model: LanguageModel) -> Candidate:
-    if side.delta is None:
-        return Candidate()
-    return Candidate(CrownDelta.load(side.delta, fingerprint=model.fingerprint), side.strength)
 
 
 def _answer(
@@ -290,23 +281,6 @@ def _check_context(
                 f"{question.id} needs up to {needed} with answers of {max_new_tokens}; lower "
                 "--max-new-tokens"
             )
-
-
-def _identity(side: Side, model: LanguageModel, execution: Execution) -> Mapping[str, Any]:
-    """What answers belong to: those of other weights or settings are not mixed in."""
-    delta = None
-    if side.delta is not None:
-        with readable_storage_errors(side.delta):
-            delta = hashlib.sha256(side.delta.read_bytes()).hexdigest()
-    return {
-        "model": side.model,
-        "revision": side.revision,
-        "fingerprint": model.fingerprint,
-        "delta": delta,
-        "strength": side.strength if delta else None,
-        "dtype": execution.computing_name,
-        "versions": versions(),
-    }
 
 
 def _fingerprint(questions: Sequence[Question]) -> str:

@@ -180,7 +180,7 @@ def evaluate_sides(
         on_execution(execution)
         candidates = []
         for number in numbers:
-            candidates.append(_candidate(sides[number], model))
+            candidates.append(candidate_of(sides[number], model))
             identity = _identity(sides[number], model, execution, protocol)
             check_tokenizers(cards[0].identity if number else identity, identity)
             cards[number].open(identity)
@@ -231,16 +231,19 @@ def make_heldout(model: LanguageModel, protocol: Protocol) -> Heldout:
 _MAX_PROMPT_TOKENS = 512
 
 
-def _candidate(side: Side, model: LanguageModel) -> Candidate:
+def candidate_of(side: Side, model: LanguageModel) -> Candidate:
+    """Return a side's crown.
+
+    Raises:
+        UsageError: its delta is not one of this model.
+    """
     if side.delta is None:
         return Candidate()
     return Candidate(CrownDelta.load(side.delta, fingerprint=model.fingerprint), side.strength)
 
 
-def _identity(
-    side: Side, model: LanguageModel, execution: Execution, protocol: Protocol
-) -> Mapping[str, Any]:
-    """What figures belong to: figures of other weights, data or settings are not mixed in."""
+def identity_of(side: Side, model: LanguageModel, execution: Execution) -> dict[str, Any]:
+    """Return who answers: answers of other weights, dtypes or versions are not mixed in."""
     delta = None
     if side.delta is not None:
         with readable_storage_errors(side.delta):
@@ -252,13 +255,22 @@ def _identity(
         "delta": delta,
         "strength": side.strength if delta else None,
         "dtype": execution.computing_name,
+        "versions": versions(),
+    }
+
+
+def _identity(
+    side: Side, model: LanguageModel, execution: Execution, protocol: Protocol
+) -> Mapping[str, Any]:
+    """What figures belong to: figures of other weights, data or settings are not mixed in."""
+    return {
+        **identity_of(side, model, execution),
         "tokenizer": tokenizer_fingerprint(model.tokenizer),
         "corpus": protocol.rows.fingerprint,
         "languages": [protocol.central, *protocol.languages],
         "limit": protocol.limit,
         "template": protocol.template,
         "max_new_tokens": protocol.max_new_tokens,
-        "versions": versions(),
     }
 
 
