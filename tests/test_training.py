@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import get_cosine_schedule_with_warmup
 
 from polylens.config import TrainSettings
 from polylens.errors import ConfigError, TrainingError
@@ -18,7 +17,6 @@ from polylens.subspaces import Subspaces, probe_subspaces
 from polylens.training import (
     ParallelStates,
     TrainingResult,
-    schedule,
     train_crown,
     trained_layers,
 )
@@ -326,16 +324,3 @@ def test_layers(layers: Any, expected: tuple[int, ...]) -> None:
 def test_layers_out_of_range(layers: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         trained_layers(TrainSettings(layers=layers), N_LAYERS)
-
-
-@pytest.mark.parametrize("warmup_ratio", [0.0, 0.05, 0.5])
-def test_the_schedule_is_that_of_transformers(warmup_ratio: float) -> None:
-    n_steps = 25
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    reference = get_cosine_schedule_with_warmup(
-        optimizer, -int(-warmup_ratio * n_steps // 1), n_steps
-    )
-    for step in range(n_steps):
-        assert schedule(step, n_steps, warmup_ratio) == pytest.approx(reference.get_last_lr()[0])
-        optimizer.step()
-        reference.step()

@@ -64,7 +64,18 @@ class ProbeSettings(_Settings):
     )
 
 
-class TrainSettings(_Settings):
+class OptimizerSettings(_Settings):
+    """AdamW, and how often and in what order it sees the rows."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="AdamW's peak learning rate.")
+    epochs: PositiveInt = Field(3, description="Times each row is seen.")
+    batch_size: PositiveInt = Field(8, description="Parallel rows an optimizer step.")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+
+
+class TrainSettings(OptimizerSettings):
     """Language subspace manipulation."""
 
     corpus: str = Field(
@@ -89,12 +100,6 @@ class TrainSettings(_Settings):
     align_weight: Weight = Field(1.0, description="Weight of the align loss.")
     separate_weight: Weight = Field(1.0, description="Weight of the separate loss.")
     retain_weight: Weight = Field(1.0, description="Weight of the retain loss.")
-    learning_rate: float = Field(1e-4, gt=0, description="AdamW's peak learning rate.")
-    epochs: PositiveInt = Field(3, description="Times each row is seen.")
-    batch_size: PositiveInt = Field(8, description="Parallel rows an optimizer step.")
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up.")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
 
     @field_validator("strength", mode="after")
     @classmethod

@@ -9,13 +9,6 @@ Source: Zhao et al. 2024, Lens (arXiv 2410.04407), section 3.2.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
-import json
-import logging
-import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,28 +17,17 @@ import torch
 from torch import Tensor
 
 from polylens import distributed
-from polylens.artefacts import load_tensors, save_tensors
 from polylens.config import TrainSettings
 from polylens.crown import Crown
-from polylens.errors import ConfigError, CorruptFileError, TrainingError
+from polylens.errors import ConfigError
 from polylens.hidden_states import HiddenStates, gather, token_batches
 from polylens.losses import AlignLoss, RetainLoss, SeparateLoss
-from polylens.machine import keeping_freed_memory
 from polylens.models.structure import Calls, DecoderStructure
+from polylens.optimization import optimize
 from polylens.progress import Progress, silent
 from polylens.scratch import Scratch
 from polylens.subspaces import Subspaces
 from polylens.token_budget import activation_bytes, best_token_budget
-
-logger = logging.getLogger(__name__)
-
-# A batch loss this many times the first one means that training runs away, not that a batch is
-# hard: between batches of one run the loss was seen to vary by less than half.
-_DIVERGENCE_FACTOR = 10.0
-
-# A first loss below this is rounding, as when only the retain loss is on; states after the final
-# norm are of order 1 a dimension.
-_DIVERGENCE_FLOOR = 1e-3
 
 # Tokens whose activations are in memory at once, for the backward pass. A step of the published
 # settings (8 rows in 7 languages) is about 4,000.
@@ -55,9 +37,6 @@ _MAX_GRAPH_TOKENS = 4096
 # and added up. On two cores and a crown of 94 million weights, an epoch took 69 s with 0 here, 25 s
 # with 64, 21 s with 200.
 _BATCH_COST = 256
-
-# Checkpoints may cost this share of the time: a write that takes 1 s happens every 20 s.
-_CHECKPOINT_COST_RATIO = 0.05
 
 
 @dataclass(frozen=True)
@@ -162,50 +141,18 @@ def train_crown(
     crown = Crown(structure, trained_layers(settings, structure.n_layers))
     graph_tokens = _graph_tokens(structure, len(crown.layers), scratch)
     objective = _Objective(subspaces, parallel, settings, crown, token_budget, graph_tokens)
-    n_rows = len(parallel.rows)
-    n_steps = settings.epochs * math.ceil(n_rows / settings.batch_size)
-    named = dict(crown.named_trainable())
-    with scratch.borrowed():
-        _make_room(named, scratch)
-        optimizer = _optimizer(named, settings, scratch)
-    log: list[dict[str, float]] = []
-    training = _digest(named, parallel, settings, seed)
-    if checkpoint is not None and checkpoint.exists():
-        log = _resume(checkpoint, training, named, optimizer)
-    saver = _Saver(checkpoint if distributed.is_first() else None, training, named, optimizer)
-    progress(len(log), n_steps, "training")
-    # Freed blocks that are kept do not always fit what is asked for next: where memory is short,
-    # speed gives way.
-    roomy = structure.streaming is None
-    with keeping_freed_memory() if roomy else contextlib.nullcontext():
-        for step in range(len(log), n_steps):
-            rows = _rows_of_step(step, n_rows, settings.batch_size, seed)
-            optimizer.zero_grad(set_to_none=False)
-            loss, parts = objective.backward(rows)
-            _check(loss, log, step, saver)
-            norm = torch.nn.utils.clip_grad_norm_(named.values(), settings.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise TrainingError(
-                    f"gradients must be finite, but are not at step {step}; lower "
-                    f"train.learning_rate{saver.where()}"
-                )
-            learning_rate = settings.learning_rate * schedule(step, n_steps, settings.warmup_ratio)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            optimizer.step()
-            log.append(
-                {
-                    "step": step,
-                    "learning_rate": learning_rate,
-                    "loss": loss,
-                    "gradient_norm": float(norm),
-                    **parts,
-                }
-            )
-            saver.maybe_save(log)
-            progress(step + 1, n_steps, "training")
-    optimizer.zero_grad()
-    optimizer.state.clear()
+    log = optimize(
+        dict(crown.named_trainable()),
+        objective,
+        len(parallel.rows),
+        settings,
+        identity=[[dict(row) for row in parallel.rows], parallel.states.lengths.tolist()],
+        seed=seed,
+        scratch=scratch,
+        roomy=structure.streaming is None,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
     return TrainingResult(crown.into_changes(), log)
 
 
@@ -215,61 +162,6 @@ def _graph_tokens(structure: DecoderStructure, n_crown_layers: int, scratch: Scr
         return _MAX_GRAPH_TOKENS
     fitting = scratch.batch_bytes // (activation_bytes(structure) * n_crown_layers)
     return min(_MAX_GRAPH_TOKENS, fitting)
-
-
-def _make_room(named: Mapping[str, torch.nn.Parameter], scratch: Scratch) -> None:
-    """Give weights in training, and their gradients, places that may lie in files."""
-    for parameter in named.values():
-        if parameter.device.type != "cpu":
-            parameter.grad = torch.zeros_like(parameter)
-            continue
-        shape = tuple(parameter.shape)
-        parameter.data = scratch.empty(shape, parameter.dtype).copy_(parameter.data)
-        parameter.grad = scratch.zeros(shape, parameter.dtype)
-
-
-def _optimizer(
-    named: Mapping[str, torch.nn.Parameter], settings: TrainSettings, scratch: Scratch
-) -> torch.optim.AdamW:
-    """AdamW whose moments, two thirds of what a crown in training takes, may lie in files."""
-    optimizer = torch.optim.AdamW(
-        [
-            # As transformers' Trainer: no decay of norms and biases.
-            {
-                "params": [p for p in named.values() if p.ndim > 1],
-                "weight_decay": settings.weight_decay,
-            },
-            {"params": [p for p in named.values() if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        fused=True,  # one pass over weights, gradients and moments, without copies of them
-    )
-    for parameter in named.values():
-        on_cpu = parameter.device.type == "cpu"
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            **{
-                name: scratch.zeros(tuple(parameter.shape), parameter.dtype)
-                if on_cpu
-                else torch.zeros_like(parameter)
-                for name in ("exp_avg", "exp_avg_sq")
-            },
-        }
-    return optimizer
-
-
-def schedule(step: int, n_steps: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero.
-
-    A function of the step alone, so that a resumed training needs no state for it. The published
-    runs used transformers' schedule of the same form, which starts at 0.
-    """
-    if n_steps == 1:
-        return 1.0  # a warm-up from 0 would leave nothing
-    n_warmup = math.ceil(warmup_ratio * n_steps)
-    if step < n_warmup:
-        return step / n_warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(1, n_steps - n_warmup)))
 
 
 class _Objective:
@@ -459,107 +351,3 @@ def _mean_of_each(values: Tensor, lengths: Sequence[int]) -> Tensor:
     if len(values) == len(lengths):
         return values
     return torch.stack([part.mean() for part in values.split(list(lengths))])
-
-
-def _rows_of_step(step: int, n_rows: int, batch_size: int, seed: int) -> list[int]:
-    """Rows of an optimizer step: each epoch visits every row once, in an order of its own.
-
-    It is the order of accelerate's seedable sampler, so that a run of the published code, which
-    trained through transformers' Trainer, is repeated with its seed.
-    """
-    steps_per_epoch = math.ceil(n_rows / batch_size)
-    epoch, position = divmod(step, steps_per_epoch)
-    generator = torch.Generator().manual_seed(seed + epoch)
-    order = torch.randperm(n_rows, generator=generator).tolist()
-    return list(order[position * batch_size : (position + 1) * batch_size])
-
-
-def _check(loss: float, log: Sequence[Mapping[str, float]], step: int, saver: _Saver) -> None:
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss must be finite, but is {loss} at step {step}; lower train.learning_rate or "
-            f"the weights and strengths{saver.where()}"
-        )
-    if log and loss > _DIVERGENCE_FACTOR * max(log[0]["loss"], _DIVERGENCE_FLOOR):
-        raise TrainingError(
-            f"the loss must fall, but grew from {log[0]['loss']:.4g} to {loss:.4g} by step {step}; "
-            f"lower train.learning_rate or the weights and strengths{saver.where()}"
-        )
-
-
-@dataclass
-class _Saver:
-    """Writes a checkpoint now and then, so that a killed training goes on where it was."""
-
-    path: Path | None
-    training: str
-    named: Mapping[str, torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    last_saved: float = dataclasses.field(default_factory=time.monotonic)
-    cost_seconds: float = 0.0
-    saved_step: int | None = None
-
-    def maybe_save(self, log: Sequence[Mapping[str, float]]) -> None:
-        """Save if the last write's cost allows it."""
-        now = time.monotonic()
-        if self.path is None or now - self.last_saved < self.cost_seconds / _CHECKPOINT_COST_RATIO:
-            return
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.named.items():
-            tensors[f"weight.{name}"] = parameter
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}.{name}"] = value
-        metadata = {
-            "kind": "polylens.checkpoint",
-            "training": self.training,
-            "log": list(log),
-        }
-        save_tensors(self.path, tensors, metadata)
-        self.last_saved = time.monotonic()
-        self.cost_seconds = self.last_saved - now
-        self.saved_step = len(log)
-
-    def where(self) -> str:
-        """Say where the last good state is."""
-        if self.path is None or self.saved_step is None:
-            return ""
-        return f" (the weights after step {self.saved_step} are kept in {self.path})"
-
-
-def _digest(
-    named: Mapping[str, Tensor], parallel: ParallelStates, settings: TrainSettings, seed: int
-) -> str:
-    """What makes two trainings the same one, so that one can go on from the other's checkpoint."""
-    determined_by = [
-        settings.model_dump(mode="json"),
-        seed,
-        [(name, list(parameter.shape)) for name, parameter in named.items()],
-        [dict(row) for row in parallel.rows],
-        parallel.states.lengths.tolist(),
-    ]
-    return hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:32]
-
-
-def _resume(
-    path: Path,
-    training: str,
-    named: Mapping[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> list[dict[str, float]]:
-    """Take weights and optimizer state from a checkpoint; a damaged one is ignored."""
-    try:
-        tensors, metadata = load_tensors(path)
-    except CorruptFileError:
-        logger.warning("%s is damaged; training starts again", path)
-        return []
-    if metadata.get("training") != training:
-        raise ConfigError(
-            f"a training must go on from a checkpoint of its own, but {path} is of one with other "
-            "settings, rows, seed or model; delete it or give another path"
-        )
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(tensors[f"weight.{name}"])
-            for key, value in optimizer.state[parameter].items():
-                value.copy_(tensors[f"{key}.{name}"])
-    return list(metadata["log"])
