@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from polylens.losses import AlignLoss, RetainLoss, SeparateLoss
+from polylens.losses import AlignLoss, RetainDistributionLoss, RetainLoss, SeparateLoss
 from polylens.subspaces import Subspaces, probe_subspaces
 
 
@@ -42,6 +44,14 @@ def test_separate_asks_for_strength_times_omega(subspaces: Subspaces) -> None:
 def test_retain_is_a_mean_square() -> None:
     now, before = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 2.0]])
     assert RetainLoss()(now, before).tolist() == pytest.approx([(1 + 4) / 2, (0 + 4) / 2])
+
+
+def test_retained_distributions_are_a_divergence_in_nats() -> None:
+    before, now = torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    first = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    loss = RetainDistributionLoss()(now.log(), before.clamp(min=1e-30).log())
+    assert loss.item() == pytest.approx((first + math.log(2)) / 2, rel=1e-5)
+    assert RetainDistributionLoss()(now.log(), now.log() + 3.0).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_align_pulls_both_ends(subspaces: Subspaces) -> None:

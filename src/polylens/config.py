@@ -100,6 +100,14 @@ class TrainSettings(OptimizerSettings):
     align_weight: Weight = Field(1.0, description="Weight of the align loss.")
     separate_weight: Weight = Field(1.0, description="Weight of the separate loss.")
     retain_weight: Weight = Field(1.0, description="Weight of the retain loss.")
+    retain: Literal["states", "distribution"] = Field(
+        "states",
+        description="What of the central language is retained: mean 'states', as published, or the "
+        "'distribution' of each next token.",
+    )
+    update_rank: PositiveInt | None = Field(
+        None, description="Rank of each weight's change; default: any."
+    )
 
     @field_validator("strength", mode="after")
     @classmethod
@@ -315,6 +323,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "align_weight": 1.0,
             "separate_weight": 1.0,
             "retain_weight": 1.0,
+            "retain": "states",
+            "update_rank": None,
             "learning_rate": 1e-5,
             "epochs": 1,
             "batch_size": 8,

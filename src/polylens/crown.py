@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from polylens.artefacts import load_tensors, save_tensors
 from polylens.errors import ModelError, UsageError
 from polylens.hidden_states import HiddenStates, gather, token_batches
+from polylens.low_rank import add_low_rank_changes, low_rank_changes
 from polylens.models.structure import Calls, DecoderStructure, run_layer_at
 from polylens.token_budget import best_token_budget
 
@@ -31,12 +32,26 @@ class Crown(nn.Module):
     are float32 whatever the model's dtype; where the model computes in bfloat16, autocast does too.
     Not in float16, whose smallest numbers are larger than most gradients here.
 
+    Args:
+        structure: the model; its weights are copied.
+        trainable: layers whose weights train; the others, and the final norm, are frozen.
+        update_rank: rank of the change of each matrix; None lets all of each weight train. With a
+            rank, norms and biases are frozen.
+        seed: of the low-rank factors.
+
     Attributes:
         boundary_layer: the first layer of the crown.
-        trainable: layers whose weights train; the others, and the final norm, are frozen.
+        trainable: as given.
     """
 
-    def __init__(self, structure: DecoderStructure, trainable: Sequence[int]) -> None:
+    def __init__(
+        self,
+        structure: DecoderStructure,
+        trainable: Sequence[int],
+        *,
+        update_rank: int | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.structure_ = [structure]  # in a list: the whole model must not become our child
         self.boundary_layer = min(trainable)
@@ -46,8 +61,13 @@ class Crown(nn.Module):
         self.layers = nn.ModuleList(copy.deepcopy(layer).to(where).float() for layer in own)
         self.final_norm = copy.deepcopy(structure.final_norm).float()
         self.requires_grad_(False)
+        generator = torch.Generator().manual_seed(seed)
         for index in trainable:
-            self.layers[index - self.boundary_layer].requires_grad_(True)
+            layer = self.layers[index - self.boundary_layer]
+            if update_rank is None:
+                layer.requires_grad_(True)
+            else:
+                add_low_rank_changes(layer, update_rank, generator)
         self.eval()  # no dropout: the reference states have none
 
     def forward(
@@ -87,11 +107,15 @@ class Crown(nn.Module):
         return output.float()
 
     def named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the weights in training under their names within the whole model."""
+        """Yield the weights in training under their names within the whole model.
+
+        Those of a low-rank change are its factors.
+        """
         structure = self.structure_[0]
         for index in self.trainable:
             for name, parameter in self.layers[index - self.boundary_layer].named_parameters():
-                yield structure.parameter_name(index, name), parameter
+                if parameter.requires_grad:
+                    yield structure.parameter_name(index, name), parameter
 
     @torch.no_grad()
     def into_changes(self) -> dict[str, Tensor]:
@@ -99,7 +123,15 @@ class Crown(nn.Module):
 
         The crown is of no use afterwards: where memory is short, there is no room for both.
         """
-        original = dict(self.structure_[0].causal_lm.named_parameters())
+        structure = self.structure_[0]
+        low_rank = {
+            structure.parameter_name(index, name): change.change().cpu()
+            for index in self.trainable
+            for name, change in low_rank_changes(self.layers[index - self.boundary_layer])
+        }
+        if low_rank:
+            return low_rank
+        original = dict(structure.causal_lm.named_parameters())
         return {
             name: parameter.detach().sub_(original[name].detach().to(parameter)).cpu()
             for name, parameter in self.named_trainable()

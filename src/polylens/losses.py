@@ -1,12 +1,14 @@
-"""The three losses of language subspace manipulation (LSM), one unit each.
+"""The losses of language subspace manipulation (LSM), one unit each.
 
-Each returns a squared difference for every row, averaged over hidden dimensions: ‖difference‖² /
-hidden_size. The caller takes means over rows and sums over target languages. Names follow the
+Each returns one value a row; those of states are squared differences, averaged over hidden
+dimensions: ‖difference‖² / hidden_size. The caller takes means over rows and sums over target
+languages. Names follow the
 paper's text: `AlignLoss` pulls a target language towards the central one in the agnostic subspace,
 `SeparateLoss` pushes it along its own direction in the specific subspace, `RetainLoss` holds the
 central language where it was. (The published code names the first two the other way round.)
 
-Source: Zhao et al. 2024, Lens (arXiv 2410.04407), section 3.2, equations 1 to 4.
+Source: Zhao et al. 2024, Lens (arXiv 2410.04407), section 3.2, equations 1 to 4;
+`RetainDistributionLoss` is ours.
 """
 
 from __future__ import annotations
@@ -81,3 +83,22 @@ class RetainLoss:
             reference: (batch, hidden_size), token means of the untouched model.
         """
         return (central - reference).square().mean(-1)
+
+
+@dataclass(frozen=True)
+class RetainDistributionLoss:
+    """mean over tokens of KL(p° ‖ p): the central language goes on in the same words.
+
+    Means of states can stay while the state of a single token, such as the one that begins the
+    answer, moves; the distributions of next tokens are what a user meets.
+    """
+
+    def __call__(self, logits: Tensor, reference: Tensor) -> Tensor:
+        """Return the loss of a prompt, in nats: a scalar.
+
+        Args:
+            logits: (n_tokens, vocab_size), of the model in training.
+            reference: (n_tokens, vocab_size), of the untouched model.
+        """
+        now, before = (each.float().log_softmax(-1) for each in (logits, reference))
+        return (before.exp() * (before - now)).sum(-1).mean()

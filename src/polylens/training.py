@@ -9,19 +9,21 @@ Source: Zhao et al. 2024, Lens (arXiv 2410.04407), section 3.2.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
 from polylens import distributed
 from polylens.config import TrainSettings
 from polylens.crown import Crown
 from polylens.errors import ConfigError
 from polylens.hidden_states import HiddenStates, gather, token_batches
-from polylens.losses import AlignLoss, RetainLoss, SeparateLoss
+from polylens.losses import AlignLoss, RetainDistributionLoss, RetainLoss, SeparateLoss
 from polylens.models.structure import Calls, DecoderStructure
 from polylens.optimization import optimize
 from polylens.progress import Progress, silent
@@ -138,21 +140,24 @@ def train_crown(
     scratch = scratch or Scratch()
     n_tokens = settings.epochs * int(parallel.states.lengths.sum())
     token_budget = token_budget or best_token_budget(structure, n_tokens, scratch.batch_bytes)
-    crown = Crown(structure, trained_layers(settings, structure.n_layers))
+    layers = trained_layers(settings, structure.n_layers)
+    crown = Crown(structure, layers, update_rank=settings.update_rank, seed=seed)
     graph_tokens = _graph_tokens(structure, len(crown.layers), scratch)
     objective = _Objective(subspaces, parallel, settings, crown, token_budget, graph_tokens)
-    log = optimize(
-        dict(crown.named_trainable()),
-        objective,
-        len(parallel.rows),
-        settings,
-        identity=[[dict(row) for row in parallel.rows], parallel.states.lengths.tolist()],
-        seed=seed,
-        scratch=scratch,
-        roomy=structure.streaming is None,
-        checkpoint=checkpoint,
-        progress=progress,
-    )
+    reads_logits = settings.retain_weight > 0 and settings.retain == "distribution"
+    with structure.loaded_head() if reads_logits else contextlib.nullcontext():
+        log = optimize(
+            dict(crown.named_trainable()),
+            objective,
+            len(parallel.rows),
+            settings,
+            identity=[[dict(row) for row in parallel.rows], parallel.states.lengths.tolist()],
+            seed=seed,
+            scratch=scratch,
+            roomy=structure.streaming is None,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
     return TrainingResult(crown.into_changes(), log)
 
 
@@ -193,6 +198,7 @@ class _Objective:
             for language in parallel.targets
         }
         self._retain = RetainLoss()
+        self._retain_distribution = RetainDistributionLoss()
 
     def backward(self, rows: Sequence[int]) -> tuple[float, dict[str, float]]:
         """Add the gradient of a step's loss to the crown's weights.
@@ -260,9 +266,15 @@ class _Objective:
         now = self._states(of_row)
         result: dict[str, Tensor] = {}
         if settings.retain_weight > 0:
-            before = [self._reference(row[central]).mean(0) for row in of_row]
-            means = torch.stack([now[row[central]].mean(0) for row in of_row])
-            result["retain"] = self._retain(means, torch.stack(before))
+            prompts = [row[central] for row in of_row]
+            if settings.retain == "states":
+                before = [self._reference(prompt).mean(0) for prompt in prompts]
+                means = torch.stack([now[prompt].mean(0) for prompt in prompts])
+                result["retain"] = self._retain(means, torch.stack(before))
+            else:
+                result["retain"] = torch.stack(
+                    [self._divergence(now[prompt], prompt) for prompt in prompts]
+                )
         for language in self._parallel.targets:
             present = [row for row in of_row if language in row]
             if not present:
@@ -281,6 +293,32 @@ class _Objective:
                 values = self._separate[language](torch.cat(targets), torch.cat(before))
                 result[f"separate.{language}"] = _mean_of_each(values, lengths)
         return result
+
+    def _divergence(self, now: Tensor, prompt: int) -> Tensor:
+        """Return how far the next tokens after each of a prompt's own are from the model's.
+
+        The shared prefix is left out: it is the same in every row. Logits are made again for the
+        gradient rather than kept: a vocabulary is a hundred times as wide as the states.
+
+        Args:
+            now: (n_tokens, hidden_size), states in training, as `_final` left them.
+            prompt: which one.
+        """
+        prefix_length = self._parallel.states.prefix_length
+        states = (now, self._reference(prompt))
+        own = [each[prefix_length:] for each in states]
+        if self._settings.state == "residual":
+            own = [self._crown.final_norm(each) for each in own]
+
+        def divergence(states: Tensor, reference: Tensor) -> Tensor:
+            structure = self._crown.structure_[0]
+            logits = [
+                structure.logits(each[None].to(structure.dtype))[0] for each in (states, reference)
+            ]
+            return self._retain_distribution(*logits)
+
+        value: Tensor = checkpoint_activations(divergence, *own, use_reentrant=False)
+        return value
 
     def _states(self, rows: Sequence[Mapping[str, int]]) -> dict[int, Tensor]:
         """Run the crown; return each prompt's states, (n_tokens, hidden_size).

@@ -129,7 +129,7 @@ def load_model(
             f"({', '.join(missing[:3])}); fetch the model again, or mend its config"
         )
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    model.eval()
+    model.eval().requires_grad_(False)  # crowns train, in copies
     if streamed:
         _make_buffers_anew(model, computing)
         structure = stream(find_structure(model), Streaming(where, computing))
@@ -157,7 +157,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
 
 
 def wrap_model(model: PreTrainedModel, tokenizer: Any, name: str = "model") -> LanguageModel:
-    """Use a transformers model that is already in memory; it is put in evaluation mode.
+    """Use a transformers model that is already in memory; it is frozen, in evaluation mode.
 
     Args:
         model: a causal language model.
@@ -167,7 +167,7 @@ def wrap_model(model: PreTrainedModel, tokenizer: Any, name: str = "model") -> L
     Raises:
         ModelError: not a decoder-only language model.
     """
-    return LanguageModel(find_structure(model.eval()), tokenizer, name)
+    return LanguageModel(find_structure(model.eval().requires_grad_(False)), tokenizer, name)
 
 
 def choose_device(device: str) -> torch.device:
