@@ -19,8 +19,7 @@ from polylens.journal import versions
 from polylens.machine import device_name, keeping_freed_memory, matmul_flops
 from polylens.memory import PeakMemory
 from polylens.models.loading import LanguageModel, choose_device
-from polylens.prompts import choose_format
-from polylens.steps import ParallelPrompts, encode_parallel, encode_texts
+from polylens.prompts import ParallelPrompts, choose_format, encode_parallel, encode_texts
 
 LANGUAGES = ("en", "zh", "ja", "ko", "ar", "sw", "bn")
 RESULTS = Path(__file__).parent / "results"

@@ -93,9 +93,10 @@ class TrainSettings(OptimizerSettings):
         "normed",
         description="Last layer's state after ('normed') or before ('residual') the final norm.",
     )
-    strength: float | dict[str, float] = Field(
+    strength: float | Literal["auto"] | dict[str, float] = Field(
         1.0,
-        description="How far to push along a language's direction; one number, or one a language.",
+        description="How far to push along a language's direction; one number, one a language, or "
+        "'auto': the less, the more of its own answers are in the language already.",
     )
     align_weight: Weight = Field(1.0, description="Weight of the align loss.")
     separate_weight: Weight = Field(1.0, description="Weight of the separate loss.")
@@ -111,7 +112,9 @@ class TrainSettings(OptimizerSettings):
 
     @field_validator("strength", mode="after")
     @classmethod
-    def _normalize(cls, value: float | dict[str, float]) -> float | dict[str, float]:
+    def _normalize(
+        cls, value: float | Literal["auto"] | dict[str, float]
+    ) -> float | Literal["auto"] | dict[str, float]:
         if isinstance(value, dict):
             return {normalize_language(language): strength for language, strength in value.items()}
         return value
@@ -128,6 +131,7 @@ class TrainSettings(OptimizerSettings):
         """Strength for one language; 1 for a language that a mapping leaves out."""
         if isinstance(self.strength, dict):
             return self.strength.get(language, 1.0)
+        assert self.strength != "auto", "a model's own answers tell; see polylens.shortfall"
         return self.strength
 
 

@@ -23,8 +23,14 @@ from polylens.hidden_states import n_tokens_run
 from polylens.models.loading import choose_device, load_tokenizer
 from polylens.models.source import ModelFacts, ModelSource, describe, resolve
 from polylens.progress import Progress, silent
-from polylens.prompts import PromptFormat, Prompts, choose_format
-from polylens.steps import ParallelPrompts, encode_parallel, encode_texts
+from polylens.prompts import (
+    ParallelPrompts,
+    PromptFormat,
+    Prompts,
+    choose_format,
+    encode_parallel,
+    encode_texts,
+)
 from polylens.subspaces import check_layers, check_rank
 from polylens.training import state_layer, trained_layers
 

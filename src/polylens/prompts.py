@@ -7,11 +7,12 @@ last token, which the method reads, stays that of the generation prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polylens.corpora import Corpus, ParallelCorpus
 from polylens.errors import ConfigError, CorpusError
 
 PLAIN = "plain"
@@ -151,3 +152,90 @@ def require_usable(prompts: Prompts, what: str, max_tokens: int) -> Prompts:
             f"in {max_tokens} tokens; raise max_tokens or use shorter texts"
         )
     return prompts
+
+
+@dataclass(frozen=True)
+class ParallelPrompts:
+    """Tokenised parallel rows.
+
+    Attributes:
+        ids: token ids of every prompt, row by row.
+        rows: for each usable row, language → index into `ids`.
+        sources: for each usable row, its index in the corpus.
+        n_truncated: prompts that lost their end.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    rows: tuple[Mapping[str, int], ...]
+    sources: tuple[int, ...]
+    n_truncated: int
+
+    @property
+    def n_tokens(self) -> int:
+        """All tokens."""
+        return sum(map(len, self.ids))
+
+
+def encode_texts(
+    corpus: Corpus,
+    languages: Sequence[str],
+    prompt_format: PromptFormat,
+    tokenizer: Any,
+    max_tokens: int,
+) -> dict[str, Prompts]:
+    """Tokenise a corpus of texts, language by language.
+
+    Raises:
+        CorpusError: a language has no text that fits.
+    """
+    return {
+        language: require_usable(
+            prompt_format.encode(tokenizer, corpus.texts[language], max_tokens),
+            f"{corpus.name} in {language}",
+            max_tokens,
+        )
+        for language in languages
+    }
+
+
+def encode_parallel(
+    corpus: ParallelCorpus,
+    languages: Sequence[str],
+    prompt_format: PromptFormat,
+    tokenizer: Any,
+    max_tokens: int,
+) -> ParallelPrompts:
+    """Tokenise parallel rows; a row without the first language, or with no other, is left out.
+
+    Args:
+        corpus: the rows.
+        languages: central language first, then the targets.
+        prompt_format: how a text becomes a prompt.
+        tokenizer: the model's.
+        max_tokens: longest prompt.
+
+    Raises:
+        CorpusError: no row is left.
+    """
+    central = languages[0]
+    ids: list[tuple[int, ...]] = []
+    rows: list[Mapping[str, int]] = []
+    sources: list[int] = []
+    n_truncated = 0
+    for source, row in enumerate(corpus.rows):
+        present = [language for language in languages if row.get(language)]
+        prompts = prompt_format.encode(tokenizer, [row[k] for k in present], max_tokens)
+        kept = [present[index] for index in prompts.kept]
+        if central not in kept or len(kept) < 2:
+            continue
+        rows.append({language: len(ids) + i for i, language in enumerate(kept)})
+        ids.extend(prompts.ids)
+        sources.append(source)
+        n_truncated += prompts.n_truncated
+    if not rows:
+        raise CorpusError(
+            f"at least one row of {corpus.name} must hold a text in {central} and in a target "
+            f"language that fits in max_tokens with its template, but none does in {max_tokens} "
+            "tokens; raise max_tokens or check the rows with `polylens data`"
+        )
+    return ParallelPrompts(tuple(ids), tuple(rows), tuple(sources), n_truncated)

@@ -429,6 +429,7 @@ class _Run:
             delta.save(self.folder.delta)
             self.folder.checkpoint.unlink(missing_ok=True)
         noted["tokens"] = self.plan.training.n_tokens
+        noted["strength"] = delta.metadata["settings"]["strength"]
 
     def _turn_dial(self, noted: dict[str, Any]) -> None:
         wanted, steps = self.config.output.strength, self.config.gate.steps

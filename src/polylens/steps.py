@@ -8,112 +8,31 @@ together, with prompts it has made already.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 from polylens.config import ProbeSettings, TrainSettings
 from polylens.corpora import Corpus, ParallelCorpus
 from polylens.crown import CrownDelta
-from polylens.errors import ConfigError, CorpusError
+from polylens.errors import ConfigError
 from polylens.hidden_states import HiddenStates, Keep, collect_hidden_states
 from polylens.journal import versions
 from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
-from polylens.prompts import PromptFormat, Prompts, choose_format, require_usable
+from polylens.prompts import (
+    ParallelPrompts,
+    Prompts,
+    choose_format,
+    encode_parallel,
+    encode_texts,
+)
 from polylens.scratch import Scratch
+from polylens.shortfall import measure_shortfall, strengths_of
 from polylens.states_cache import cached_hidden_states
 from polylens.subspaces import Subspaces, check_probe, probe_subspaces
 from polylens.training import ParallelStates, train_crown, trained_layers
 
 Collect = Callable[..., HiddenStates]
-
-
-@dataclass(frozen=True)
-class ParallelPrompts:
-    """Tokenised parallel rows.
-
-    Attributes:
-        ids: token ids of every prompt, row by row.
-        rows: for each usable row, language → index into `ids`.
-        sources: for each usable row, its index in the corpus.
-        n_truncated: prompts that lost their end.
-    """
-
-    ids: tuple[tuple[int, ...], ...]
-    rows: tuple[Mapping[str, int], ...]
-    sources: tuple[int, ...]
-    n_truncated: int
-
-    @property
-    def n_tokens(self) -> int:
-        """All tokens."""
-        return sum(map(len, self.ids))
-
-
-def encode_texts(
-    corpus: Corpus,
-    languages: Sequence[str],
-    prompt_format: PromptFormat,
-    tokenizer: Any,
-    max_tokens: int,
-) -> dict[str, Prompts]:
-    """Tokenise a corpus of texts, language by language.
-
-    Raises:
-        CorpusError: a language has no text that fits.
-    """
-    return {
-        language: require_usable(
-            prompt_format.encode(tokenizer, corpus.texts[language], max_tokens),
-            f"{corpus.name} in {language}",
-            max_tokens,
-        )
-        for language in languages
-    }
-
-
-def encode_parallel(
-    corpus: ParallelCorpus,
-    languages: Sequence[str],
-    prompt_format: PromptFormat,
-    tokenizer: Any,
-    max_tokens: int,
-) -> ParallelPrompts:
-    """Tokenise parallel rows; a row without the first language, or with no other, is left out.
-
-    Args:
-        corpus: the rows.
-        languages: central language first, then the targets.
-        prompt_format: how a text becomes a prompt.
-        tokenizer: the model's.
-        max_tokens: longest prompt.
-
-    Raises:
-        CorpusError: no row is left.
-    """
-    central = languages[0]
-    ids: list[tuple[int, ...]] = []
-    rows: list[Mapping[str, int]] = []
-    sources: list[int] = []
-    n_truncated = 0
-    for source, row in enumerate(corpus.rows):
-        present = [language for language in languages if row.get(language)]
-        prompts = prompt_format.encode(tokenizer, [row[k] for k in present], max_tokens)
-        kept = [present[index] for index in prompts.kept]
-        if central not in kept or len(kept) < 2:
-            continue
-        rows.append({language: len(ids) + i for i, language in enumerate(kept)})
-        ids.extend(prompts.ids)
-        sources.append(source)
-        n_truncated += prompts.n_truncated
-    if not rows:
-        raise CorpusError(
-            f"at least one row of {corpus.name} must hold a text in {central} and in a target "
-            f"language that fits in max_tokens with its template, but none does in {max_tokens} "
-            "tokens; raise max_tokens or check the rows with `polylens data`"
-        )
-    return ParallelPrompts(tuple(ids), tuple(rows), tuple(sources), n_truncated)
 
 
 def probe(
@@ -348,7 +267,15 @@ def train_prompts(
     parallel = ParallelStates(states, prompts.rows, subspaces.central)
     trained = {language for row in prompts.rows for language in row}
     languages = [k for k in subspaces.languages if k != subspaces.central and k in trained]
+    strengths: dict[str, float] = {}
+    if any(one.strength == "auto" for one in settings):
+        shortfall = measure_shortfall(
+            model, prompts, subspaces.central, languages, progress=progress
+        )
+        strengths = strengths_of(shortfall)
     for one, own_layers in zip(settings, layers, strict=True):
+        if one.strength == "auto":
+            one = one.model_copy(update={"strength": strengths})
         result = train_crown(
             structure,
             subspaces,

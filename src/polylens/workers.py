@@ -21,11 +21,9 @@ from polylens.errors import CorruptFileError, DistributedError, MissingExtraErro
 from polylens.execution import open_model
 from polylens.models.loading import load_model
 from polylens.progress import Progress, silent
-from polylens.prompts import choose_format
+from polylens.prompts import ParallelPrompts, choose_format, encode_parallel
 from polylens.steps import (
-    ParallelPrompts,
     boundaries_of,
-    encode_parallel,
     states_of_prompts,
     train_prompts,
 )

@@ -21,8 +21,7 @@ from polylens.evaluation.suite import (
     run_suite,
 )
 from polylens.models.loading import LanguageModel
-from polylens.prompts import choose_format
-from polylens.steps import encode_parallel
+from polylens.prompts import choose_format, encode_parallel
 from test_crown import random_delta
 
 LANGUAGES = ("en", "sw", "zh")

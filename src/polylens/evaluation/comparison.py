@@ -26,10 +26,9 @@ from polylens.hidden_states import HiddenStates, Keep
 from polylens.machine import keeping_freed_memory
 from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
-from polylens.prompts import choose_format
+from polylens.prompts import ParallelPrompts, choose_format, encode_parallel
 from polylens.scratch import Scratch
 from polylens.states_cache import cached_hidden_states
-from polylens.steps import ParallelPrompts, encode_parallel
 from polylens.token_budget import best_token_budget
 
 # Longer texts are cut for bits per byte: attention grows with the square of the length, while the

@@ -28,8 +28,7 @@ from polylens.journal import versions
 from polylens.models.loading import LanguageModel
 from polylens.models.registry import REGISTRY
 from polylens.progress import Progress, silent
-from polylens.prompts import choose_format
-from polylens.steps import encode_parallel
+from polylens.prompts import choose_format, encode_parallel
 
 BEFORE, AFTER = "before", "after"
 
