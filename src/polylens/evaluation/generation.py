@@ -30,6 +30,9 @@ TOKEN_BUDGET = 4096
 # 1.7 s for 50.
 _GROWTH = 8
 
+# What a step costs beside its rows, in tokens of a prompt.
+_STEP_COST = 10
+
 # Last tokens of an answer in which a stop string is looked for; one is a few tokens long.
 _STOP_TOKENS = 32
 
@@ -74,7 +77,7 @@ def generate_answers(
     done = 0
     progress(0, len(prompts), "answers")
     lengths = [max(len(ids), (len(ids) + max_new_tokens) // _GROWTH) for ids in prompts]
-    for batch in token_batches(lengths, token_budget):
+    for batch in token_batches(lengths, token_budget, _STEP_COST * max_new_tokens):
         input_ids, mask = _pad_left([prompts[index] for index in batch], pad)
         where = model.structure.device
         stopping = _StopAt(stop_strings, model.tokenizer, input_ids.shape[1])
