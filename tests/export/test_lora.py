@@ -17,6 +17,7 @@ from polylens.models.loading import LanguageModel, wrap_model
 from test_crown import IDS, random_delta
 from tiny import build, tiny_tokenizer
 
+
 @torch.no_grad()
 def logits(causal_lm: nn.Module) -> torch.Tensor:
     return causal_lm(IDS, use_cache=False).logits
@@ -51,9 +52,7 @@ def test_the_stated_error_is_that_of_the_weights_peft_merges(
 ) -> None:
     model = wrap_model(build(name), tiny_tokenizer(), name)
     delta = random_delta(model)
-    exported = save_lora(
-        model, delta, tmp_path / "adapter", rank=rank, matrices_only=matrices_only
-    )
+    exported = save_lora(model, delta, tmp_path / "adapter", rank=rank, matrices_only=matrices_only)
     merged = with_adapter(model.causal_lm, tmp_path / "adapter").merge_and_unload()
     before, after = dict(model.causal_lm.named_parameters()), dict(merged.named_parameters())
     wrong = total = 0.0

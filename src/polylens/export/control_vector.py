@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 
 from polylens.artefacts import writing
-from polylens.errors import SubspaceError, UsageError
+from polylens.errors import UsageError
 from polylens.languages import normalize_language
 from polylens.subspaces import Subspaces
 
@@ -27,7 +27,7 @@ def save_control_vector(
     path: str | Path,
     *,
     language: str,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int],
     strength: float = 1.0,
 ) -> tuple[int, ...]:
     """Write `strength · omega_l` of some layers as a GGUF control vector, whole or not at all.
@@ -36,8 +36,8 @@ def save_control_vector(
         subspaces: of the model that the vector is for.
         path: the file to write.
         language: the language to push towards, away from the central one.
-        layers: decoder layers whose output is changed, each at least 1; None takes all probed ones.
-            The changes of several layers add up on the way through the model.
+        layers: decoder layers whose output is changed, each at least 1. What several layers add
+            piles up on the way through the model, so one or a few are enough.
         strength: of the push; llama.cpp can scale it further.
 
     Returns:
@@ -54,17 +54,13 @@ def save_control_vector(
             "choose another of those probed"
         )
     last = int(subspaces.metadata["n_layers"]) - 1
-    chosen = [k for k in subspaces.layers if 1 <= k <= last] if layers is None else sorted(set(layers))
+    chosen = sorted(set(layers))
     for layer in chosen:
         if not 1 <= layer <= last:
             raise UsageError(
                 f"llama.cpp changes the outputs of layers 1 to {last} of this model, got {layer}; "
                 "choose among those"
             )
-    if not chosen:
-        raise SubspaceError(
-            f"a control vector needs a layer from 1 to {last}, but none was probed; probe one"
-        )
     directions = {layer: strength * subspaces.direction(language, layer) for layer in chosen}
     with writing(Path(path)) as temporary:
         writer = gguf.GGUFWriter(temporary, _ARCHITECTURE)

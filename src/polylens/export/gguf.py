@@ -22,6 +22,7 @@ from polylens.artefacts import writing
 from polylens.crown import CrownDelta
 from polylens.errors import ModelError, UsageError, nearest
 from polylens.export.gguf_tokenizer import add_tokenizer
+from polylens.merging import MAX_LOST_RATIO, lost_ratio
 from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
 
@@ -62,7 +63,8 @@ class GgufExport:
 
     Attributes:
         numbers: format of the matrices; vectors, such as norms, are float32.
-        lost_ratio: share of the change that rounding lost, ‖rounded - exact‖ / ‖change‖.
+        lost_ratio: what rounding did, ‖rounded - exact‖ / ‖change‖, over the weights that changed;
+            above 1 where it moved them further than training.
         n_tensors: weights written.
     """
 
@@ -77,7 +79,7 @@ def save_gguf(
     path: str | Path,
     *,
     strength: float = 1.0,
-    numbers: Numbers = "float16",
+    numbers: Numbers | None = None,
     progress: Progress = silent,
 ) -> GgufExport:
     """Write the merged model as a GGUF file, whole or not at all.
@@ -87,19 +89,23 @@ def save_gguf(
         delta: what training changed.
         path: the file to write.
         strength: the dial: W + strength · change.
-        numbers: format of the matrices. "q8_0" (8 bits, a scale for each 32 numbers) keeps float16
-            where a row is not a multiple of 32.
+        numbers: format of the matrices; None takes float16 unless rounding to it loses more than
+            a tenth of the change, else float32. "q8_0" (8 bits, a scale for each 32 numbers) keeps
+            float16 where a row is not a multiple of 32.
         progress: told the tensors done.
 
     Raises:
         ModelError: the architecture or the tokenizer is not one that was verified.
         UsageError: no such format of numbers.
     """
-    if numbers not in get_args(Numbers):
+    if numbers is not None and numbers not in get_args(Numbers):
         raise UsageError(
             f"numbers of a GGUF file must be one of {', '.join(get_args(Numbers))}, got "
             f"{numbers!r}{nearest(numbers, get_args(Numbers))}"
         )
+    if numbers is None:
+        loses = lost_ratio(model, delta, torch.float16, strength) > MAX_LOST_RATIO
+        numbers = "float32" if loses else "float16"
     config = model.causal_lm.config
     architecture = check_architecture(config)
     names = _tensor_names(model, architecture)

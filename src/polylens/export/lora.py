@@ -87,11 +87,11 @@ def save_lora(
     Args:
         model: the untouched model.
         delta: of this model.
-        folder: to make or replace; holds adapter_config.json and adapter_model.safetensors, float32.
+        folder: to make or replace; adapter_config.json and adapter_model.safetensors, float32.
         rank: of every matrix; None takes the smallest that keeps `keep`.
         keep: share of the change to keep, 1 - error², above 0 and at most 1.
         strength: the dial; it is part of the weights written.
-        matrices_only: leave out what only PEFT loads beside the matrices, for servers that refuse it.
+        matrices_only: leave out what only PEFT loads beside the matrices; vLLM refuses it.
         progress: told the matrices done.
 
     Raises:
