@@ -10,7 +10,19 @@ import typer
 from rich.markup import escape
 
 from polylens import distributed
-from polylens.cli import data, doctor, evaluate, fidelity, judge, models, probe, report, run, train
+from polylens.cli import (
+    data,
+    doctor,
+    evaluate,
+    export,
+    fidelity,
+    judge,
+    models,
+    probe,
+    report,
+    run,
+    train,
+)
 from polylens.cli.console import err, out, set_up_logging
 from polylens.errors import PolyLensError
 from polylens.journal import versions
@@ -33,6 +45,7 @@ app.command("fidelity")(fidelity.fidelity)
 app.command("mt-bench")(judge.mt_bench)
 app.command("judge")(judge.judge)
 app.command("report")(report.report)
+app.command("export")(export.export)
 app.add_typer(models.app, name="models")
 app.command("data")(data.data)
 app.command("doctor")(doctor.doctor)

@@ -131,7 +131,7 @@ def _base_of(delta: Path) -> str:
         return name
     raise UsageError(
         f"the model must be named, since {delta} belongs to one in a folder called {name!r}; "
-        "give its path by --against"
+        "give its path by --against, or by --model to export"
     )
 
 
