@@ -305,7 +305,6 @@ def test_a_faulty_probe_stops_before_the_trunk_pass(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the trunk ran")
 
-    monkeypatch.setattr("polylens.steps.collect_hidden_states", never)
     monkeypatch.setattr("polylens.states_cache.collect_hidden_states", never)
     for arguments, message in (
         (["--languages", "en"], "at least 2 languages, got 1"),
