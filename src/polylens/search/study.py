@@ -67,7 +67,8 @@ class Study:
         self._distributions = {k: _distribution(one) for k, one in space.dimensions.items()}
         first = {k: _encoded(one, start[k]) for k, one in space.dimensions.items()}
         with _quiet(), self._alone():
-            journal = folder / "optuna.journal"
+            # A lock that a kill left behind is a link to this path, which has to be found by it.
+            journal = folder.resolve() / "optuna.journal"
             _drop_torn_line(journal)
             self._study = optuna.create_study(
                 storage=JournalStorage(JournalFileBackend(str(journal))),
@@ -170,7 +171,8 @@ class Study:
         with _quiet(), contextlib.suppress(ValueError, RuntimeError):
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
             found = optuna.importance.get_param_importances(self._study, evaluator=evaluator)
-            return {key: float(value) for key, value in found.items()}
+            if any(found.values()):  # all 0: too few trials, or all alike
+                return {key: float(value) for key, value in found.items()}
         return {}
 
     @contextlib.contextmanager
@@ -302,8 +304,9 @@ def _drop_torn_line(journal: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Optuna's warnings of features that may change from ours."""
+    """Keep Optuna's warnings from users: what they are about is our business."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # constraints_func, from Optuna 5 on
+        warnings.simplefilter("ignore", UserWarning)  # too few trials to tell importances
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
