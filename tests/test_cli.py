@@ -24,7 +24,7 @@ QUICK = [
 
 
 COMMANDS = (
-    "enhance", "probe", "train", "evaluate", "compare", "fidelity", "report", "data", "doctor",
+    "enhance", "search", "probe", "train", "evaluate", "compare", "fidelity", "report", "data", "doctor",
     "models",
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,8 @@ def search(
             "command several times on one folder instead"
         )
     strengths = tuple(sorted(set(strengths)))
-    if not strengths or strengths[0] <= 0 or n_trials < 1 or n_development < 2:
+    in_order = all(0 < strength < math.inf for strength in strengths)
+    if not strengths or not in_order or n_trials < 1 or n_development < 2:
         raise UsageError(
             "a search needs at least one trial, two development rows and strengths above 0, got "
             f"{n_trials}, {n_development} and {list(strengths)}"
@@ -175,7 +177,10 @@ def _do_trials(
 ) -> None:
     """Do trials until none is left to take."""
     sample = bench.sample("development", bench.config)
-    progress(len(folder.finished()), study.n_trials, "trials")
+    n_before = len(folder.finished())
+    n_left = study.n_trials - n_before
+    if n_left > 0:
+        progress(0, n_left, "trials")
     while (claimed := study.claim()) is not None:
         number, settings = claimed
 
@@ -193,5 +198,5 @@ def _do_trials(
         finished = folder.finished()
         lines = [json.dumps(one.to_dict(), ensure_ascii=False) for one in finished]
         write_text(folder.trials, "".join(f"{line}\n" for line in lines))
-        progress(len(finished), study.n_trials, "trials")
+        progress(len(finished) - n_before, n_left, "trials")
         on_trial(trial)

@@ -116,12 +116,12 @@ class Study:
         """Say why a trial should stop after a stage; "" where it should go on.
 
         It is clearly worse if the upper ends of its gains lie below the lower end of the best
-        trial's gain on the same tasks.
+        trial's gain on the same tasks; trials at which the gate fails in the end do not count.
         """
         lows = [
             frozen.user_attrs[_LOW + stage]
             for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if _LOW + stage in frozen.user_attrs
+            if _LOW + stage in frozen.user_attrs and frozen.user_attrs[_VIOLATION] <= 0
         ]
         most = max(point.gain.high for point in holding)
         if lows and most < max(lows):
