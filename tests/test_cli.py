@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from polylens.cli import app
 from polylens.corpora import starter_corpus
 from tiny import build, save_tiny, tiny_tokenizer
 
@@ -23,10 +25,7 @@ QUICK = [
 ]
 
 
-COMMANDS = (
-    "enhance", "probe", "train", "evaluate", "compare", "fidelity", "report", "export", "data",
-    "doctor", "models",
-)  # fmt: skip
+COMMANDS = tuple(get_command(app).commands)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +304,6 @@ def test_a_faulty_probe_stops_before_the_trunk_pass(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the trunk ran")
 
-    monkeypatch.setattr("polylens.steps.collect_hidden_states", never)
     monkeypatch.setattr("polylens.states_cache.collect_hidden_states", never)
     for arguments, message in (
         (["--languages", "en"], "at least 2 languages, got 1"),

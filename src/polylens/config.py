@@ -353,7 +353,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
     Raises:
         ConfigError: the file cannot be read, or a value is faulty; all faults are in the message.
     """
-    given = _read_yaml(path) if path is not None else {}
+    given = read_yaml(path) if path is not None else {}
     given = _merge(given, _nest(overrides or {}))
     preset = given.get("preset", "default")
     if not isinstance(preset, str) or preset not in PRESETS:
@@ -362,6 +362,19 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
         )
     values = _merge(PRESETS[preset], given)
     return check(RunConfig, values, path)
+
+
+def changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """Return a configuration with some settings replaced.
+
+    Args:
+        config: any.
+        settings: values by dotted key, such as "train.epochs".
+
+    Raises:
+        ConfigError: a value is faulty, or does not go with the others.
+    """
+    return check(RunConfig, _merge(config.model_dump(), _nest(settings)))
 
 
 def check(model: type[T], values: Mapping[str, Any], path: Path | None = None) -> T:
@@ -391,7 +404,12 @@ def dump_yaml(config: BaseModel) -> str:
     )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds keys and values.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

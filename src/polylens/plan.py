@@ -111,7 +111,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
     )
     if config.probe.rank is not None:
         check_rank(config.probe.rank, len(languages))
-    training_corpus, heldout_corpus = _split(config)
+    training_corpus, heldout_corpus = choose_rows(config)
     texts = _scored_texts(config.evaluate, languages, heldout_corpus)
 
     source = resolve(
@@ -223,8 +223,12 @@ def _cost(
     )
 
 
-def _split(config: RunConfig) -> tuple[ParallelCorpus, ParallelCorpus]:
-    """Return the rows to train on and those to evaluate on (with watched languages)."""
+def choose_rows(config: RunConfig) -> tuple[ParallelCorpus, ParallelCorpus]:
+    """Return the rows to train on and those to evaluate on (with watched languages).
+
+    Raises:
+        CorpusError: a corpus cannot be read, lacks a language, or has too few rows.
+    """
     evaluate = config.evaluate
     languages = config.all_languages
     everything = (*languages, *evaluate.extra_languages)

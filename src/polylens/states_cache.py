@@ -4,6 +4,9 @@ The key covers the model's weights, the prompts' token ids (and so tokenizer, te
 truncation), what is kept, the dtype, the kind of device and the batches; so a stale entry is
 impossible. A damaged entry is noticed by its checksum and made again. Old entries go when the
 folder grows past `MAX_BYTES`.
+
+`cached_hidden_states`, `fresh_hidden_states` and a `KeptStates` are called alike, so whoever needs
+states takes one of them as `collect`.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -30,6 +34,9 @@ from polylens.scratch import Scratch
 from polylens.token_budget import best_token_budget
 
 logger = logging.getLogger(__name__)
+
+# Called as `cached_hidden_states` is.
+Collect = Callable[..., HiddenStates]
 
 # Raise this when the same key would stand for other numbers.
 _FORMAT = 2
@@ -88,6 +95,46 @@ def cached_hidden_states(
         _prune(folder)
     distributed.wait()
     return _load(path, verified=True) or states
+
+
+def fresh_hidden_states(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], keep: Keep, **how: Any
+) -> HiddenStates:
+    """Make states anew, without the cache; see `collect_hidden_states`."""
+    return collect_hidden_states(model.structure, prompts, keep, **how)
+
+
+class KeptStates:
+    """Hands out the states of prompts that it has had before, for as long as it lives.
+
+    Many candidates are trained and scored on the same prompts, but their crowns begin at different
+    layers: the first pass over some prompts keeps what enters each of those layers, so there is no
+    second one.
+
+    Attributes:
+        boundary_layers: layers at which crowns will begin.
+        collect: how states are had the first time.
+    """
+
+    def __init__(
+        self, boundary_layers: Sequence[int], collect: Collect = cached_hidden_states
+    ) -> None:
+        self.boundary_layers = tuple(boundary_layers)
+        self.collect = collect
+        self._kept: dict[tuple[Any, ...], HiddenStates] = {}
+
+    def __call__(
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], keep: Keep, **how: Any
+    ) -> HiddenStates:
+        """Return kept states, or have them now; see `cached_hidden_states`."""
+        if keep.boundary_layers:
+            wanted = tuple(sorted({*keep.boundary_layers, *self.boundary_layers}))
+            keep = dataclasses.replace(keep, boundary_layers=wanted)
+        ids = hashlib.sha256(json.dumps([list(one) for one in prompts]).encode()).digest()
+        key = (model.fingerprint, ids, keep, how.get("token_budget"))
+        if key not in self._kept:
+            self._kept[key] = self.collect(model, prompts, keep, **how)
+        return self._kept[key]
 
 
 def _load(path: Path, *, verified: bool = False) -> HiddenStates | None:

@@ -7,15 +7,15 @@ together, with prompts it has made already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 from polylens.config import ProbeSettings, TrainSettings
 from polylens.corpora import Corpus, ParallelCorpus
 from polylens.crown import CrownDelta
 from polylens.errors import ConfigError
-from polylens.hidden_states import HiddenStates, Keep, collect_hidden_states
+from polylens.hidden_states import HiddenStates, Keep
 from polylens.journal import versions
 from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
@@ -28,11 +28,9 @@ from polylens.prompts import (
 )
 from polylens.scratch import Scratch
 from polylens.shortfall import measure_shortfall, strengths_of
-from polylens.states_cache import cached_hidden_states
+from polylens.states_cache import Collect, cached_hidden_states, fresh_hidden_states
 from polylens.subspaces import Subspaces, check_probe, probe_subspaces
 from polylens.training import ParallelStates, train_crown, trained_layers
-
-Collect = Callable[..., HiddenStates]
 
 
 def probe(
@@ -76,7 +74,7 @@ def probe(
         template=prompt_format.name,
         token_budget=token_budget,
         scratch=scratch,
-        collect=_collect,
+        collect=fresh_hidden_states,
         progress=progress,
     )
 
@@ -223,7 +221,7 @@ def train(
             seed=seed,
             token_budget=token_budget,
             scratch=scratch,
-            collect=_collect,
+            collect=fresh_hidden_states,
             checkpoint=checkpoint,
             progress=progress,
         )
@@ -326,9 +324,3 @@ def states_of_prompts(
         scratch=scratch,
         progress=progress,
     )
-
-
-def _collect(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], keep: Keep, **how: Any
-) -> HiddenStates:
-    return collect_hidden_states(model.structure, prompts, keep, **how)

@@ -144,3 +144,16 @@ def test_a_copy_of_a_hub_data_set_is_read_from_the_data_folder(
     (run,) = run_task(CrownsLM(llama), spec, data_dir=tmp_path, limit=2)
     assert len(run.examples[0]) == 2
     assert "Habari." in run.examples[0][0].prompt
+
+
+def test_examples_are_divided_without_loss(llama: LanguageModel) -> None:
+    lm = CrownsLM(llama)
+    spec = TaskSpec("choice", "en", False, LIKELIHOOD)
+    (whole,) = run_task(lm, spec)
+    for first in (0, 1):
+        (half,) = run_task(lm, spec, every=(first, 2))
+        expected = whole.examples[0][first::2]
+        assert [one.key for one in half.examples[0]] == [one.key for one in expected]
+        assert [one.value for one in half.examples[0]] == [one.value for one in expected]
+    (limited,) = run_task(lm, spec, every=(0, 2), limit=1)
+    assert [one.key for one in limited.examples[0]] == [whole.examples[0][0].key]

@@ -39,9 +39,7 @@ def test_scores_are_those_of_the_whole_model(
     monkeypatch.setattr("polylens.evaluation.likelihood.LOGIT_ROWS", 3)
     delta = random_delta(tiny_model)
     candidates = [Candidate(), Candidate(delta), Candidate(delta, strength=0.5)]
-    found = score_continuations(
-        tiny_model.structure, REQUESTS, candidates, token_budget=token_budget
-    )
+    found = score_continuations(tiny_model, REQUESTS, candidates, token_budget=token_budget)
     for candidate, scores in zip(candidates, found, strict=True):
         with candidate.applied(tiny_model.structure):
             expected = by_the_whole_model(tiny_model)
@@ -57,7 +55,7 @@ def test_a_greedy_continuation_is_told(llama: LanguageModel) -> None:
             logits = llama.causal_lm(torch.tensor([[*context, *continuation]])).logits
         continuation.append(int(logits[0, -1].argmax()))
     ((score, other),) = score_continuations(
-        llama.structure, [(context, continuation), (context, [*continuation[:-1], 0])]
+        llama, [(context, continuation), (context, [*continuation[:-1], 0])]
     )
     assert score.is_greedy
     assert not other.is_greedy
@@ -66,6 +64,6 @@ def test_a_greedy_continuation_is_told(llama: LanguageModel) -> None:
 def test_strength_0_scores_as_the_untouched_model_to_the_bit(tiny_model: LanguageModel) -> None:
     delta = random_delta(tiny_model)
     untouched, zero = score_continuations(
-        tiny_model.structure, REQUESTS, [Candidate(), Candidate(delta, strength=0.0)]
+        tiny_model, REQUESTS, [Candidate(), Candidate(delta, strength=0.0)]
     )
     assert untouched == zero

@@ -21,6 +21,7 @@ from polylens.cli import (
     probe,
     report,
     run,
+    search,
     train,
 )
 from polylens.cli.console import err, out, set_up_logging
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.command("enhance")(run.enhance)
 app.command("probe")(probe.probe)
 app.command("train")(train.train)
+app.command("search")(search.search)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("fidelity")(fidelity.fidelity)

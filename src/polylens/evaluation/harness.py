@@ -26,6 +26,7 @@ from polylens.evaluation.tasks import TaskSpec, task_manager
 from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
 from polylens.scratch import Scratch
+from polylens.states_cache import Collect, fresh_hidden_states
 
 try:
     import lm_eval
@@ -56,6 +57,7 @@ class CrownsLM(HFLM):  # type: ignore[misc, no-any-unimported]
         *,
         token_budget: int | None = None,
         scratch: Scratch | None = None,
+        collect: Collect = fresh_hidden_states,
         progress: Progress = silent,
     ) -> None:
         with _quiet_harness():
@@ -67,6 +69,7 @@ class CrownsLM(HFLM):  # type: ignore[misc, no-any-unimported]
         self._language_model = model
         self._token_budget = token_budget
         self._scratch = scratch
+        self._collect = collect
         self._progress = progress
         self._scores: dict[str, list[list[Score]]] = {}
 
@@ -89,11 +92,12 @@ class CrownsLM(HFLM):  # type: ignore[misc, no-any-unimported]
         key = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
         if key not in self._scores:
             self._scores[key] = score_continuations(
-                self._language_model.structure,
+                self._language_model,
                 pairs,
                 self.candidates,
                 token_budget=self._token_budget,
                 scratch=self._scratch,
+                collect=self._collect,
                 progress=self._progress,
             )
         scores = self._scores[key][self.current]
@@ -129,7 +133,12 @@ class CrownsLM(HFLM):  # type: ignore[misc, no-any-unimported]
 
 
 def run_task(
-    lm: CrownsLM, spec: TaskSpec, *, limit: int | None = None, data_dir: Path | None = None
+    lm: CrownsLM,
+    spec: TaskSpec,
+    *,
+    limit: int | None = None,
+    every: tuple[int, int] | None = None,
+    data_dir: Path | None = None,
 ) -> list[TaskRun]:
     """Evaluate every candidate on a task, or on each task of a group.
 
@@ -137,6 +146,7 @@ def run_task(
         lm: the model and its candidates.
         spec: the task.
         limit: use only the first so many examples.
+        every: (first, step): use every step-th example alone, beginning with the first; None all.
         data_dir: folder with copies of Hub data sets under their full names (owner/name).
 
     Raises:
@@ -145,10 +155,11 @@ def run_task(
     found: dict[str, list[tuple[Task, tuple[Example, ...]]]] = {}
     with _quiet_harness():
         tasks = _load(spec, data_dir)
+        chosen = _chosen(tasks, limit, every)
         for number in range(len(lm.candidates)):
             lm.current = number
             results = lm_eval.evaluate(
-                lm, tasks, limit=limit, bootstrap_iters=0, apply_chat_template=spec.chat
+                lm, tasks, bootstrap_iters=0, apply_chat_template=spec.chat, **chosen
             )
             for name, samples in results["samples"].items():
                 metric, higher_is_better = _metric_of(results, name, samples)
@@ -180,6 +191,15 @@ def _load(spec: TaskSpec, data_dir: Path | None) -> Any:
             f"({reason}); fetch them with `hf download --repo-type dataset OWNER/NAME --local-dir "
             "DATA/OWNER/NAME` and give --data-dir DATA"
         ) from error
+
+
+def _chosen(tasks: Any, limit: int | None, every: tuple[int, int] | None) -> dict[str, Any]:
+    """Which examples are used, as lm-eval wants it."""
+    if every is None:
+        return {"limit": limit}
+    first, step = every
+    numbers = {name: range(len(task.eval_docs)) for name, task in tasks["tasks"].items()}
+    return {"samples": {name: list(of[first::step])[:limit] for name, of in numbers.items()}}
 
 
 def _metric_of(results: Any, name: str, samples: Sequence[Any]) -> tuple[str, bool]:

@@ -15,11 +15,13 @@ import torch
 
 from polylens.crown import CrownDelta, run_crown
 from polylens.evaluation.likelihood import Target, score_tokens
-from polylens.hidden_states import Keep, collect_hidden_states
+from polylens.hidden_states import Keep
 from polylens.machine import keeping_freed_memory
+from polylens.models.loading import LanguageModel
 from polylens.models.structure import DecoderStructure
 from polylens.progress import Progress, silent
 from polylens.scratch import Scratch
+from polylens.states_cache import Collect, fresh_hidden_states
 from polylens.token_budget import best_token_budget
 
 
@@ -58,27 +60,30 @@ class Score:
 
 
 def score_continuations(
-    structure: DecoderStructure,
+    model: LanguageModel,
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],
     candidates: Sequence[Candidate] = (Candidate(),),
     *,
     token_budget: int | None = None,
     scratch: Scratch | None = None,
+    collect: Collect = fresh_hidden_states,
     progress: Progress = silent,
 ) -> list[list[Score]]:
     """Score continuations of contexts with each of some crowns.
 
     Args:
-        structure: the untouched model.
+        model: the untouched model.
         requests: token ids of a context and of its continuation, at least one each.
         candidates: crowns of this model.
         token_budget: padded tokens of a batch; None takes what is fastest on this machine.
         scratch: room for the states; None takes memory without limit.
+        collect: how hidden states are had; with a `KeptStates` further candidates cost no trunk.
         progress: told the tokens done, then the candidates.
 
     Returns:
         For each candidate, the scores in the order of the requests.
     """
+    structure = model.structure
     scratch = scratch or Scratch()
     # The last token of a continuation is predicted, never read; so choices of one token, as the
     # letters of an answer, have one text in common, and it is run once.
@@ -95,8 +100,8 @@ def score_continuations(
         structure, sum(map(len, texts)), scratch.batch_bytes
     )
     firsts = _first_layers(candidates, structure)
-    states = collect_hidden_states(
-        structure,
+    states = collect(
+        model,
         list(texts),
         Keep(boundary_layers=tuple(sorted(set(firsts)))),
         token_budget=token_budget,

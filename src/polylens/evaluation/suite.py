@@ -25,6 +25,7 @@ from polylens.hidden_states import Keep, collect_hidden_states
 from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
 from polylens.scratch import Scratch
+from polylens.states_cache import Collect, fresh_hidden_states
 
 BITS_PER_BYTE = "bits_per_byte"
 FIDELITY = "fidelity"
@@ -44,6 +45,7 @@ class Suite:
         heldout: prompts and texts of the built-in ones; None where there are none.
         max_new_tokens: longest answer, for fidelity.
         limit: examples of a benchmark; None takes all.
+        every: (first, step): every step-th example of a benchmark alone; None takes all.
         data_dir: folder with local copies of benchmarks.
     """
 
@@ -53,6 +55,7 @@ class Suite:
     max_new_tokens: int = 48
     limit: int | None = None
     data_dir: Path | None = None
+    every: tuple[int, int] | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -68,6 +71,7 @@ def run_suite(
     skip: frozenset[str] = frozenset(),
     token_budget: int | None = None,
     scratch: Scratch | None = None,
+    collect: Collect = fresh_hidden_states,
     progress: Progress = silent,
     on_part: Callable[[str], None] = lambda name: None,
 ) -> Iterator[tuple[str, list[TaskRun]]]:
@@ -80,6 +84,7 @@ def run_suite(
         skip: parts that are finished already.
         token_budget: padded tokens of a batch; None takes what is fastest on this machine.
         scratch: room for the states; None takes memory without limit.
+        collect: how the states that likelihoods are read off are had.
         progress: told how far each piece of work is.
         on_part: told the name of each part that starts.
 
@@ -95,7 +100,7 @@ def run_suite(
                 yield (
                     name,
                     measure_texts(
-                        model, candidates, suite.heldout, token_budget, scratch, progress
+                        model, candidates, suite.heldout, token_budget, scratch, progress, collect
                     ),
                 )
             elif name == FIDELITY:
@@ -117,10 +122,18 @@ def run_suite(
         return
     from polylens.evaluation.harness import CrownsLM, run_task
 
-    lm = CrownsLM(model, candidates, token_budget=token_budget, scratch=scratch, progress=progress)
+    lm = CrownsLM(
+        model,
+        candidates,
+        token_budget=token_budget,
+        scratch=scratch,
+        collect=collect,
+        progress=progress,
+    )
     for spec in left:
         on_part(spec.name)
-        yield spec.name, run_task(lm, spec, limit=suite.limit, data_dir=suite.data_dir)
+        runs = run_task(lm, spec, limit=suite.limit, every=suite.every, data_dir=suite.data_dir)
+        yield spec.name, runs
 
 
 def measure_texts(
@@ -130,6 +143,7 @@ def measure_texts(
     token_budget: int | None = None,
     scratch: Scratch | None = None,
     progress: Progress = silent,
+    collect: Collect = fresh_hidden_states,
 ) -> list[TaskRun]:
     """Bits per byte of every held-out text, by every candidate; one run a language."""
     texts = [
@@ -140,11 +154,12 @@ def measure_texts(
     texts = [(language, ids, n_bytes) for language, ids, n_bytes in texts if n_bytes > 0]
     # A whole text is the continuation of its first token, which has no context.
     scores = score_continuations(
-        model.structure,
+        model,
         [(ids[:1], ids[1:]) for _, ids, _ in texts],
         candidates,
         token_budget=token_budget,
         scratch=scratch,
+        collect=collect,
         progress=progress,
     )
     runs = []

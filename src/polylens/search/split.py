@@ -1,0 +1,110 @@
+"""Three sets of rows that share no text: to train on, to search on, to report on.
+
+The rows that are reported are those that a run of these settings would hold out anyway. The rows to
+search on are drawn from the others, and what is left trains. All three are kept as files, so that
+`best.yaml` trains on the very rows of its trial and is reported on rows that no choice was made by.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from polylens.artefacts import write_text
+from polylens.config import RunConfig, changed
+from polylens.corpora import ParallelCorpus
+from polylens.errors import CorpusError
+from polylens.plan import choose_rows
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows by what they are for; no text is in two of them.
+
+    Attributes:
+        training: to train on; `train.rows` may use fewer.
+        development: to compare trials on.
+        report: to measure what was chosen, once.
+    """
+
+    training: ParallelCorpus
+    development: ParallelCorpus
+    report: ParallelCorpus
+
+
+def split_rows(config: RunConfig, n_development: int) -> Split:
+    """Divide the rows of a run.
+
+    Args:
+        config: of the run.
+        n_development: rows to search on.
+
+    Raises:
+        CorpusError: too few rows, or one part lacks a language.
+    """
+    pool, report = choose_rows(changed(config, {"train.rows": None}))
+    seen = _texts(report)
+    pool = ParallelCorpus(
+        pool.name, tuple(row for row in pool.rows if seen.isdisjoint(row.values()))
+    )
+    if len(pool.rows) < n_development + 2:
+        raise CorpusError(
+            f"a search needs {n_development} rows to compare trials on and some to train on, but "
+            f"{pool.name} has {len(pool.rows)} besides those that are reported on; add rows or "
+            "lower --development-rows"
+        )
+    training, development = pool.split(n_development, config.seed)
+    seen = _texts(training)
+    development = ParallelCorpus(
+        pool.name, tuple(row for row in development.rows if seen.isdisjoint(row.values()))
+    )
+    for part, what in ((training, "training"), (development, "development"), (report, "report")):
+        for language in config.all_languages:
+            if not any(language in row for row in part.rows):
+                raise CorpusError(
+                    f"the {what} rows of a search must hold each language, but none of "
+                    f"{len(part.rows)} has {language}; give more rows, or another seed"
+                )
+    return Split(training, development, report)
+
+
+def _texts(corpus: ParallelCorpus) -> set[str]:
+    return {text for row in corpus.rows for text in row.values()}
+
+
+def write_split(split: Split, folder: Path) -> None:
+    """Write the rows as JSONL, one file a part."""
+    for name in ("training", "development", "report"):
+        lines = [json.dumps(row, ensure_ascii=False) for row in getattr(split, name).rows]
+        write_text(folder / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def development_config(config: RunConfig, folder: Path) -> RunConfig:
+    """Return the run that trials are: trained on the training rows, measured on development rows.
+
+    Languages that are only watched, and texts of their own, belong to the report.
+    """
+    return changed(
+        report_config(config, folder),
+        {
+            "evaluate.corpus": str(folder / "development.jsonl"),
+            "evaluate.rows": 10**9,
+            "evaluate.texts": None,
+            "evaluate.extra_languages": (),
+        },
+    )
+
+
+def report_config(config: RunConfig, folder: Path) -> RunConfig:
+    """Return the run that trains on the training rows and is measured on the report rows."""
+    own = str(folder / "training.jsonl")
+    return changed(
+        config,
+        {
+            "train.corpus": own,
+            # Texts of the rows that are measured would be among them.
+            **({"probe.corpus": own} if config.probe.corpus == config.train.corpus else {}),
+            "evaluate.corpus": str(folder / "report.jsonl"),
+        },
+    )

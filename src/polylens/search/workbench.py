@@ -1,0 +1,284 @@
+"""Trains and measures trials of one model from states that are kept: a trial costs a crown.
+
+What a trial does is what `polylens enhance` does with the same settings, stage for stage and to the
+bit: the same plan, subspaces and training. Only the trunk passes are not repeated. `run_trial`
+measures the cheap parts first, and stops where the rest cannot change the outcome.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polylens.config import RunConfig, Runtime, changed
+from polylens.crown import CrownDelta
+from polylens.errors import ConfigError, SubspaceError, TrainingError
+from polylens.evaluation.comparison import Heldout
+from polylens.evaluation.gate import check_gate, turn_dial
+from polylens.evaluation.measures import TaskRun
+from polylens.evaluation.replies import measure_replies
+from polylens.evaluation.scoring import Candidate
+from polylens.evaluation.suite import BITS_PER_BYTE, FIDELITY, Suite, run_suite
+from polylens.evaluation.tasks import TaskSpec
+from polylens.execution import Execution
+from polylens.merging import choose_dtype
+from polylens.models.loading import LanguageModel
+from polylens.plan import make_plan
+from polylens.progress import Progress, silent
+from polylens.search.trials import Point, Trial, central_loss, target_gain
+from polylens.states_cache import Collect
+from polylens.steps import probe_prompts, train_prompts
+
+# Examples of a benchmark: every other one to search on, those between to report on. Tasks that are
+# translations of each other in one order keep an example on one side in all languages.
+_EXAMPLES = {"development": (0, 2), "report": (1, 2)}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What trials are measured on.
+
+    Attributes:
+        name: "development" or "report".
+        config: the run whose held-out rows these are.
+        heldout: the rows.
+        benchmarks: tasks.
+    """
+
+    name: str
+    config: RunConfig
+    heldout: Heldout
+    benchmarks: tuple[TaskSpec, ...]
+
+
+class Workbench:
+    """Trains and measures candidates of one model.
+
+    Attributes:
+        model: the untouched model.
+        config: of the run that trials are; see `development_config`.
+        answers: let candidates answer prompts, too, which costs more than all the rest.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: RunConfig,
+        *,
+        runtime: Runtime,
+        execution: Execution,
+        collect: Collect,
+        answers: bool = False,
+        progress: Progress = silent,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.answers = answers
+        self._runtime = runtime
+        self._execution = execution
+        self._collect = collect
+        self._progress = progress
+        self._untouched: dict[tuple[str, str, int], list[TaskRun]] = {}
+
+    def sample(self, name: str, config: RunConfig) -> Sample:
+        """Prepare what trials are measured on."""
+        plan = make_plan(config, self._runtime, self._progress)
+        return Sample(name, config, plan.heldout, plan.benchmarks)
+
+    def stages(self, sample: Sample) -> tuple[str, ...]:
+        """Return what is measured one after the other, cheapest first.
+
+        Tasks of one protocol belong together, since the gate pools them: what fails after a stage
+        fails after all.
+        """
+        protocols = {_protocol(spec) for spec in sample.benchmarks}
+        tasks = tuple(name for name in ("continuation", "chat") if name in protocols)
+        return ("texts", *tasks, *(("answers",) if self.answers else ()))
+
+    def train(self, settings: Mapping[str, Any]) -> CrownDelta:
+        """Train a crown with some settings, as `polylens enhance` would.
+
+        Raises:
+            ConfigError: the settings do not go together.
+            TrainingError: training runs away.
+        """
+        config = changed(self.config, {**settings, "evaluate.tasks": ()})
+        plan = make_plan(config, self._runtime, self._progress)
+        subspaces = probe_prompts(
+            self.model,
+            plan.probing,
+            central=config.central,
+            settings=config.probe,
+            template=plan.prompt_format.name,
+            token_budget=self._runtime.token_budget,
+            scratch=self._execution.scratch(),
+            collect=self._collect,
+            progress=self._progress,
+        )
+        (delta,) = train_prompts(
+            self.model,
+            subspaces,
+            plan.training,
+            settings=[config.train],
+            seed=config.seed,
+            token_budget=self._runtime.token_budget,
+            scratch=self._execution.scratch(),
+            collect=self._collect,
+            progress=self._progress,
+        )
+        return delta
+
+    def measure(
+        self, delta: CrownDelta, strengths: Sequence[float], sample: Sample, stage: str
+    ) -> list[TaskRun]:
+        """Measure one stage by the untouched model, then by the crown at each strength.
+
+        The untouched model is measured once for each layer at which crowns begin, so that a crown
+        that changes nothing gives the same to the bit.
+
+        Raises:
+            ConfigError: there are too few examples for the gate to hold, whatever is trained.
+        """
+        candidates = [
+            Candidate(delta, one, choose_dtype(self.model, delta, self.config.output.dtype, one))
+            for one in strengths
+        ]
+        key = (sample.name, stage, min(delta.layers))
+        if key not in self._untouched:
+            runs = self._measure([Candidate(), *candidates], sample, stage)
+            self._require_a_gate(runs, sample)
+            self._untouched[key] = [TaskRun(run.task, run.examples[:1]) for run in runs]
+            return runs
+        runs = self._measure(candidates, sample, stage)
+        return [
+            TaskRun(run.task, (*before.examples, *run.examples))
+            for before, run in zip(self._untouched[key], runs, strict=True)
+        ]
+
+    def _require_a_gate(self, runs: Sequence[TaskRun], sample: Sample) -> None:
+        config = sample.config
+        unchanged = [(run.task, run.examples[0], run.examples[0]) for run in runs]
+        verdict = check_gate(unchanged, (config.central,), config.gate)
+        if verdict is not None and not verdict.holds:
+            raise ConfigError(
+                "the gate must be able to hold on half of the benchmarks' examples, but would fail "
+                f"for a model that has not changed ({verdict.sentence()}); raise gate.margin, or "
+                "add tasks of the central language"
+            )
+
+    def _measure(
+        self, candidates: Sequence[Candidate], sample: Sample, stage: str
+    ) -> list[TaskRun]:
+        how: dict[str, Any] = {
+            "token_budget": self._runtime.token_budget,
+            "scratch": self._execution.scratch(),
+            "collect": self._collect,
+            "progress": self._progress,
+        }
+        evaluate = sample.config.evaluate
+        built_in = {"texts": (BITS_PER_BYTE,), "answers": (FIDELITY,)}.get(stage, ())
+        suite = Suite(
+            built_in,
+            tuple(spec for spec in sample.benchmarks if _protocol(spec) == stage),
+            sample.heldout,
+            max_new_tokens=evaluate.max_new_tokens,
+            limit=evaluate.limit,
+            data_dir=Path(evaluate.data_dir) if evaluate.data_dir else None,
+            every=_EXAMPLES[sample.name],
+        )
+        parts = run_suite(self.model, candidates, suite, **how)
+        runs = [run for _, part in parts for run in part]
+        if stage == "texts":
+            runs += measure_replies(self.model, candidates, sample.heldout, **how)
+        return runs
+
+    def points(
+        self, runs: Sequence[TaskRun], strengths: Sequence[float], sample: Sample
+    ) -> tuple[Point, ...]:
+        """Make a point of each strength: what `measure` found, and what the gate says."""
+        config = sample.config
+        watched = config.evaluate.extra_languages if config.gate.watched else ()
+        dial = turn_dial(runs, strengths, (config.central, *watched), config.gate)
+        points = []
+        for strength, verdict in dial.verdicts.items():
+            assert verdict is not None  # the texts of the central language are always measured
+            loss, bound = central_loss(verdict)
+            points.append(
+                Point(
+                    strength=strength,
+                    gain=target_gain(dial.measures[strength], config.languages),
+                    loss=loss,
+                    loss_bound=bound,
+                    holds=dial.holds and strength <= dial.strength,
+                    gate=verdict.sentence(),
+                    measures=dial.measures[strength],
+                )
+            )
+        return tuple(points)
+
+
+def _protocol(spec: TaskSpec) -> str:
+    return "chat" if spec.chat else "continuation"
+
+
+# Given a stage and the points so far at which the gate holds, why the trial should stop, or "".
+Stop = Callable[[str, Sequence[Point]], str]
+
+
+def run_trial(
+    bench: Workbench,
+    number: int,
+    settings: Mapping[str, Any],
+    strengths: Sequence[float],
+    sample: Sample,
+    stop: Stop,
+) -> Trial:
+    """Train and measure one trial.
+
+    A strength at which the gate fails is not measured further: all its checks must hold, so the
+    rest cannot mend it. Where none is left, the trial stops.
+
+    Args:
+        bench: see `Workbench`.
+        number: of the trial.
+        settings: by dotted key.
+        strengths: of the dial, rising.
+        sample: what it is measured on.
+        stop: asked after each stage but the last.
+    """
+    seconds: dict[str, float] = {}
+    try:
+        with _timed(seconds, "training"):
+            delta = bench.train(settings)
+    except (ConfigError, SubspaceError, TrainingError) as error:
+        return Trial(number, settings, "refused", str(error), (), seconds)
+    stages = bench.stages(sample)
+    runs: list[TaskRun] = []
+    left, given_up, reason = tuple(strengths), {}, ""
+    for stage in stages:
+        with _timed(seconds, stage):
+            runs += bench.measure(delta, left, sample, stage)
+        points = bench.points(runs, left, sample)
+        if stage == stages[-1]:
+            break
+        holding = tuple(point for point in points if point.holds)
+        reason = stop(stage, holding) if holding else f"the gate fails at every strength on {stage}"
+        if reason:
+            break
+        given_up.update({point.strength: point for point in points if not point.holds})
+        runs = [TaskRun(run.task, run.examples[: 1 + len(holding)]) for run in runs]
+        left = tuple(point.strength for point in holding)
+    by_strength = given_up | {point.strength: point for point in points}
+    everything = tuple(by_strength[strength] for strength in sorted(by_strength))
+    return Trial(number, settings, "stopped" if reason else "measured", reason, everything, seconds)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[what] = round(time.monotonic() - started, 2)

@@ -1,0 +1,244 @@
+"""A trial from kept states is the one from scratch; what cannot change its outcome is not done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from polylens.config import RunConfig, Runtime, changed, load_config
+from polylens.crown import CrownDelta
+from polylens.errors import ConfigError, TrainingError
+from polylens.evaluation.likelihood import encode_plain
+from polylens.evaluation.measures import TaskRun
+from polylens.evaluation.replies import measure_replies
+from polylens.evaluation.scoring import Candidate
+from polylens.evaluation.suite import BITS_PER_BYTE, Suite, run_suite
+from polylens.hidden_states import HiddenStates, Keep
+from polylens.models import load_model
+from polylens.models.loading import LanguageModel
+from polylens.plan import make_plan
+from polylens.search.split import development_config, split_rows, write_split
+from polylens.search.trials import Figure, Point
+from polylens.search.workbench import Workbench, run_trial
+from polylens.states_cache import KeptStates, fresh_hidden_states
+from polylens.steps import probe_prompts, train_prompts
+from test_crown import random_delta
+
+RUNTIME = Runtime.model_validate({"memory": "4GB", "token_budget": 512})
+
+SETTINGS: dict[str, Any] = {
+    "languages": "sw,zh",
+    "probe.texts_per_language": 4,
+    "train.rows": 4,
+    "train.batch_size": 2,
+    "train.epochs": 1,
+    "evaluate.rows": 4,
+}
+
+
+class Counting:
+    """Makes states anew, and counts how often."""
+
+    def __init__(self) -> None:
+        self.calls: list[Keep] = []
+
+    def __call__(
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], keep: Keep, **how: Any
+    ) -> HiddenStates:
+        self.calls.append(keep)
+        return fresh_hidden_states(model, prompts, keep, **how)
+
+
+@pytest.fixture
+def config(taught_folder: Path, tmp_path: Path) -> RunConfig:
+    config = load_config(None, {**SETTINGS, "model": str(taught_folder)})
+    write_split(split_rows(config, 4), tmp_path / "rows")
+    return development_config(config, tmp_path / "rows")
+
+
+def make_bench(config: RunConfig, collect: Any) -> Workbench:
+    plan = make_plan(config, RUNTIME)
+    model = load_model(config.model)
+    return Workbench(model, config, runtime=RUNTIME, execution=plan.execution, collect=collect)
+
+
+TRIED: tuple[dict[str, Any], ...] = (
+    {"train.layers": 1, "train.learning_rate": 1e-3},
+    {"train.layers": 3, "train.position": "mean", "probe.agnostic": "complement"},
+    {"train.layers": 1, "probe.pooling": "mean"},
+)
+
+
+def from_scratch(config: RunConfig, settings: dict[str, Any]) -> tuple[CrownDelta, list[TaskRun]]:
+    """What a run does, with nothing of the search."""
+    own = changed(config, settings)
+    plan = make_plan(own, RUNTIME)
+    model = load_model(config.model)
+    subspaces = probe_prompts(
+        model, plan.probing, central="en", settings=own.probe, template=plan.prompt_format.name,
+        token_budget=512, collect=fresh_hidden_states,
+    )  # fmt: skip
+    (delta,) = train_prompts(
+        model, subspaces, plan.training, settings=[own.train], seed=own.seed, token_budget=512,
+        collect=fresh_hidden_states,
+    )  # fmt: skip
+    candidates = [Candidate(), *(Candidate(delta, s, torch.float32) for s in (0.5, 1.0))]
+    suite = Suite((BITS_PER_BYTE,), (), plan.heldout)
+    runs = [
+        run for _, part in run_suite(model, candidates, suite, token_budget=512) for run in part
+    ]
+    return delta, runs
+
+
+def test_trials_from_kept_states_are_those_from_scratch_to_the_bit(config: RunConfig) -> None:
+    collect = Counting()
+    bench = make_bench(config, KeptStates((1, 3), collect))
+    sample = bench.sample("development", config)
+    for settings in TRIED:
+        delta = bench.train(settings)
+        runs = bench.measure(delta, (0.5, 1.0), sample, "texts")
+        expected, expected_runs = from_scratch(config, settings)
+        assert delta.changes.keys() == expected.changes.keys()
+        for name, change in delta.changes.items():
+            assert torch.equal(change, expected.changes[name]), name
+            assert change.any()
+        by_name = {run.task.name: run for run in runs}
+        assert {f"replies_{k}" for k in ("en", "sw", "zh")} <= by_name.keys()
+        for run in expected_runs:
+            assert by_name[run.task.name] == run
+    # Training prompts, texts and replies once; probing prompts once a pooling.
+    assert len(collect.calls) == 5
+    assert all(keep.boundary_layers in ((), (1, 3)) for keep in collect.calls)
+
+
+def test_kept_states_are_asked_for_once(llama: LanguageModel) -> None:
+    collect = Counting()
+    kept = KeptStates((2,), collect)
+    prompts = [[5, 6, 7], [8, 9]]
+    first = kept(llama, prompts, Keep(boundary_layers=(2,)))
+    assert kept(llama, [tuple(one) for one in prompts], Keep(boundary_layers=(2,))) is first
+    kept(llama, prompts, Keep(boundary_layers=(1,)))  # not foreseen
+    kept(llama, [[5, 6]], Keep(boundary_layers=(2,)))
+    kept(llama, prompts, Keep(pooling="last"))
+    assert collect.calls == [
+        Keep(boundary_layers=(2,)),
+        Keep(boundary_layers=(1, 2)),
+        Keep(boundary_layers=(2,)),
+        Keep(pooling="last"),
+    ]
+
+
+def test_replies_are_scored_as_by_the_whole_model(config: RunConfig, llama: LanguageModel) -> None:
+    heldout = make_plan(config, RUNTIME).heldout
+    delta = random_delta(llama, 0.1)
+    runs = measure_replies(llama, [Candidate(), Candidate(delta, 0.5)], heldout)
+    assert [run.task.name for run in runs] == ["replies_en", "replies_sw", "replies_zh"]
+    rows = heldout.prompts.rows
+    for number, strength in enumerate((0.0, 0.5)):
+        for run in runs:
+            language = run.task.language
+            assert language is not None
+            values = []
+            for index, row in enumerate(rows):
+                source = heldout.prompts.sources[(index + 1) % len(rows)]
+                reply = heldout.corpus.rows[source][language][:40]
+                ids, _ = encode_plain(llama.tokenizer, reply, 999)
+                prompt = list(heldout.prompts.ids[row[language]])
+                whole = torch.tensor([prompt + ids])
+                with torch.no_grad(), delta.applied(llama.structure, strength):
+                    log_p = llama.causal_lm(whole).logits[0].log_softmax(-1)
+                own = log_p[len(prompt) - 1 : -1].gather(1, torch.tensor(ids)[:, None])
+                values.append(-float(own.sum()) / 0.6931472 / len(reply.encode()))
+            found = [one.value for one in run.examples[number]]
+            assert found == pytest.approx(values, rel=1e-4)
+
+
+class Staged:
+    """A workbench whose gate fails where it is told to; notes what was measured."""
+
+    def __init__(self, holding: dict[str, tuple[float, ...]], error: Exception | None = None):
+        self.holding = holding
+        self.error = error
+        self.measured: list[tuple[str, tuple[float, ...]]] = []
+
+    def stages(self, sample: object) -> tuple[str, ...]:
+        return tuple(self.holding)
+
+    def train(self, settings: object) -> CrownDelta:
+        if self.error is not None:
+            raise self.error
+        return CrownDelta({}, {"layers": (3,)})
+
+    def measure(
+        self, delta: object, strengths: tuple[float, ...], sample: object, stage: str
+    ) -> list[Any]:
+        self.measured.append((stage, tuple(strengths)))
+        return []
+
+    def points(
+        self, runs: object, strengths: tuple[float, ...], sample: object
+    ) -> tuple[Point, ...]:
+        holding = self.holding[self.measured[-1][0]]
+        return tuple(Point(s, Figure(s, 0, 2 * s), s, s, s in holding, "", ()) for s in strengths)
+
+
+def run(bench: Staged, stop: str = "") -> Any:
+    return run_trial(bench, 0, {}, (0.5, 1.0, 2.0), None, lambda *_: stop)  # type: ignore[arg-type]
+
+
+def test_a_strength_at_which_the_gate_fails_is_not_measured_further() -> None:
+    bench = Staged({"texts": (0.5, 1.0), "chat": (0.5,), "answers": (0.5,)})
+    trial = run(bench)
+    assert bench.measured == [("texts", (0.5, 1.0, 2.0)), ("chat", (0.5, 1.0)), ("answers", (0.5,))]
+    assert trial.outcome == "measured"
+    assert [(p.strength, p.holds) for p in trial.points] == [
+        (0.5, True),
+        (1.0, False),
+        (2.0, False),
+    ]
+
+
+def test_a_trial_stops_where_the_gate_fails_at_every_strength() -> None:
+    bench = Staged({"texts": (), "chat": (0.5,)})
+    trial = run(bench)
+    assert [stage for stage, _ in bench.measured] == ["texts"]
+    assert (trial.outcome, trial.best) == ("stopped", None)
+    assert "the gate fails at every strength on texts" in trial.reason
+    assert len(trial.points) == 3
+
+
+def test_a_trial_stops_where_it_is_told_to_but_not_after_the_last_stage() -> None:
+    bench = Staged({"texts": (0.5,), "chat": (0.5,)})
+    assert run(bench, "worse").reason == "worse"
+    assert len(bench.measured) == 1
+    assert run(Staged({"texts": (0.5,)}), "worse").outcome == "measured"
+
+
+def test_a_training_that_runs_away_is_refused_and_the_search_goes_on() -> None:
+    trial = run(Staged({"texts": ()}, TrainingError("the loss must be finite")))
+    assert (trial.outcome, trial.points) == ("refused", ())
+    assert trial.reason == "the loss must be finite"
+
+
+def test_a_gate_that_could_never_hold_is_told_at_once(config: RunConfig) -> None:
+    config = changed(config, {"gate.text_margin": 1e-9})
+    bench = make_bench(config, KeptStates((3,), fresh_hidden_states))
+    sample = bench.sample("development", config)
+    delta = bench.train({})
+    bench.measure(delta, (1.0,), sample, "texts")  # nothing changed: any margin holds
+    runs = bench.measure(delta, (1.0,), sample, "texts")
+    few = [TaskRun(_right_or_wrong(run.task), _all_right(run)) for run in runs[:1]]
+    with pytest.raises(ConfigError, match="must be able to hold on half of the benchmarks"):
+        bench._require_a_gate(few, sample)
+
+
+def _right_or_wrong(task: Any) -> Any:
+    return type(task)("copa", "en", "continuation", "acc")
+
+
+def _all_right(run: TaskRun) -> Any:
+    return tuple(tuple(type(one)(one.key, 1.0) for one in side) for side in run.examples)
