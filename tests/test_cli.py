@@ -24,8 +24,8 @@ QUICK = [
 
 
 COMMANDS = (
-    "enhance", "search", "probe", "train", "evaluate", "compare", "fidelity", "report", "data", "doctor",
-    "models",
+    "enhance", "search", "probe", "train", "evaluate", "compare", "fidelity", "report", "data",
+    "doctor", "models",
 )  # fmt: skip
 
 
