@@ -53,7 +53,6 @@ def test_harm_everywhere_ends_in_exit_code_3(run: Any, taught_folder: Path) -> N
         (["--strength", "much"], "--strength must be numbers by commas"),
         (["--strength", "0"], "strengths above 0"),
         (["--development-rows", "95"], "lower --development-rows"),
-        (["-t", "xcoppa"], "got 'xcoppa', did you mean 'xcopa'?"),
         (["--out", "used"], "holds other files"),
     ],
 )
