@@ -15,7 +15,7 @@ QUICK = [
 ]  # fmt: skip
 
 
-def test_a_search_then_the_run_it_found(run: Any, taught_folder: Path) -> None:
+def test_a_search_ends_by_saying_what_it_found(run: Any, taught_folder: Path) -> None:
     command = [
         "search", "--model", taught_folder, "-l", "sw", "--trials", 2, "--strength", "0.5,1",
         "--vary", "train.layers=[1, 2]", "--out", "found", *QUICK,
@@ -28,9 +28,6 @@ def test_a_search_then_the_run_it_found(run: Any, taught_folder: Path) -> None:
     code, out, _ = run(*command, "--json", "-q")
     assert code == 0
     assert json.loads(out)["best"]["report"]["holds"] is True
-    code, _, err = run("enhance", "found/best.yaml", "--out", "run", "evaluate.max_new_tokens=2")
-    assert code == 0, err
-    assert Path("run/model").exists()
 
 
 def test_harm_everywhere_ends_in_exit_code_3(run: Any, taught_folder: Path) -> None:
@@ -56,7 +53,6 @@ def test_harm_everywhere_ends_in_exit_code_3(run: Any, taught_folder: Path) -> N
         (["--strength", "much"], "--strength must be numbers by commas"),
         (["--strength", "0"], "strengths above 0"),
         (["--development-rows", "95"], "lower --development-rows"),
-        (["-t", "xcoppa"], "got 'xcoppa', did you mean 'xcopa'?"),
         (["--out", "used"], "holds other files"),
     ],
 )

@@ -40,7 +40,7 @@ from polylens.states_cache import Collect, KeptStates, cached_hidden_states
 if TYPE_CHECKING:
     from polylens.search.study import Study
 
-# Of the dial, at which each trained crown is measured; one more costs little beside training.
+# Of the dial, at which each trained crown is measured; one more costs a forward, no training.
 STRENGTHS = (0.25, 0.5, 1.0, 1.5)
 
 
@@ -110,7 +110,6 @@ def search(
         "answers": answers,
         "rows": {k: getattr(split, k).fingerprint for k in ("training", "development", "report")},
         "model": dataclasses.asdict(plan.facts),
-        "versions": versions(),
     }
     n_crown_layers = plan.facts.n_layers - min(boundaries)
     execution = plan_execution(plan.facts, runtime, n_crown_layers=n_crown_layers)
@@ -139,22 +138,21 @@ def _open_folder(
 ) -> Execution:
     """Make the folder, or check that it holds this search; return how the model is run in it."""
     with readable_storage_errors(folder.path):
-        present = folder.path.exists() and any(
-            not path.name.endswith(".part") for path in folder.path.iterdir()
-        )
-        if present and not folder.search.exists():
+        own = (folder.rows, folder.trial(0).parent, folder.reported(0).parent)
+        present = list(folder.path.iterdir()) if folder.path.exists() else []
+        others = [path for path in present if path not in own and path.suffix != ".part"]
+        if others and not folder.search.exists():
             raise RunError(
                 f"the output folder must be new, empty or hold this search, but {folder.path} "
                 "holds other files; choose another --out"
             )
-        for path in (folder.path, folder.rows, folder.trial(0).parent, folder.reported(0).parent):
+        for path in (folder.path, *own):
             path.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path)
     if not folder.search.exists():
-        write_json(folder.search, {**identity, "batch_bytes": execution.batch_bytes})
+        how = {"batch_bytes": execution.batch_bytes, "versions": versions()}
+        write_json(folder.search, {**identity, **how})
     before = read_json(folder.search)
-    # Other batches than those that the search began with would change its last bits.
-    batch_bytes = before.pop("batch_bytes")
     now = json.loads(json.dumps(identity))
     differing = [key for key in now if now[key] != before.get(key)]
     if differing:
@@ -163,7 +161,8 @@ def _open_folder(
             f"{folder.search} differs from what was given now; choose another --out or delete it"
         )
     if runtime.memory is None:
-        execution = dataclasses.replace(execution, batch_bytes=batch_bytes)
+        # Other batches than those that the search began with would change its last bits.
+        execution = dataclasses.replace(execution, batch_bytes=before["batch_bytes"])
     return execution
 
 
