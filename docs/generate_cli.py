@@ -14,7 +14,7 @@ from polylens.cli import app
 
 PAGE = Path(__file__).parent / "cli.md"
 COMMANDS = (
-    *((name,) for name in ("enhance", "probe", "train", "evaluate", "report", "models")),
+    *((name,) for name in ("enhance", "probe", "train", "steer", "evaluate", "report", "models")),
     ("models", "fetch"),
     ("data",),
     ("doctor",),

@@ -24,8 +24,8 @@ QUICK = [
 
 
 COMMANDS = (
-    "enhance", "probe", "train", "evaluate", "compare", "fidelity", "report", "data", "doctor",
-    "models",
+    "enhance", "probe", "train", "steer", "evaluate", "compare", "fidelity", "report", "data",
+    "doctor", "models",
 )  # fmt: skip
 
 

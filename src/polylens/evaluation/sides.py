@@ -122,17 +122,26 @@ def choose_sides(target: str, against: str | None, strengths: Sequence[float] | 
 
 
 def _base_of(delta: Path) -> str:
-    """Return the model that a delta belongs to, which it knows by its name alone.
+    """Return the model that a delta belongs to."""
+    return model_called(str(CrownDelta.load(delta).metadata.get("model")), delta, "--against")
+
+
+def model_called(name: str, file: Path, option: str) -> str:
+    """Return the model that a file of ours belongs to, which knows it by its name alone.
+
+    Args:
+        name: as the file has it.
+        file: named in the error.
+        option: which names the model instead.
 
     Raises:
         UsageError: it was a folder.
     """
-    name = str(CrownDelta.load(delta).metadata.get("model"))
     if name in REGISTRY or "/" in name:
         return name
     raise UsageError(
-        f"the model must be named, since {delta} belongs to one in a folder called {name!r}; "
-        "give its path by --against"
+        f"the model must be named, since {file} belongs to one in a folder called {name!r}; "
+        f"give its path by {option}"
     )
 
 
