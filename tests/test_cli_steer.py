@@ -1,4 +1,4 @@
-"""`polylens steer`: answers beside the untouched model's, figures by strength, and clear refusals."""
+"""`polylens steer`: answers beside the untouched model's, figures by strength, clear refusals."""
 
 from __future__ import annotations
 
