@@ -101,7 +101,7 @@ def test_every_combination_is_tried(run: Any, probe: Path, tiny_folder: Path) ->
 def test_measuring_by_strength(run: Any, probe: Path, tiny_folder: Path) -> None:
     measure = [
         "steer", probe, "--model", tiny_folder, *PUSH, "--strength", "0,8", "--measure",
-        "--rows", 3, "-l", "sw", "--out", "figures",
+        "--rows", 3, "-l", "en", "--out", "figures",
     ]  # fmt: skip
     code, out, err = run(*measure)
     assert code == 0, err
@@ -163,7 +163,7 @@ def test_the_model_is_that_of_the_run(run: Any, tiny: LanguageModel, tiny_folder
         (["Hi"], "by --towards, --remove or both"),
         (["--towards", "sw", "--layers", "1"], "there must be something to ask"),
         (["Hi", "--measure", "--towards", "sw", "--layers", "1"], "prompts must be left out"),
-        (["--measure", "--towards", "sw", "--layers", "1", "-l", "en"], "must name one besides en"),
+        (["--measure", "--remove", "1", "--remove-layers", "1", "-l", "en"], "one besides en"),
         (["Hi", "--prompts", "x", "--towards", "sw", "--layers", "1"], "not both"),
         (["--prompts", "none.txt", "--towards", "sw", "--layers", "1"], "none.txt cannot be read"),
         (["Hi", "--towards", "sw", "--layers", "1"], "one in a folder called 'tiny'; give its"),

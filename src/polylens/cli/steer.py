@@ -162,15 +162,14 @@ def steer(
     pushes = _pushes(towards, strength, layers)
     removals = _removals(remove, remove_layers, reinsert, reinsert_layer)
     steerings = _combined(found, pushes, removals)
+    told_apart = _languages(found, languages, pushes)
     if measure:
         if prompts or prompts_file:
             raise UsageError("--measure asks held-out rows, so prompts must be left out")
-        protocol = _protocol(found, languages, corpus, rows, template, max_new_tokens)
+        protocol = _protocol(told_apart, corpus, rows, template, max_new_tokens)
     else:
         asked = _read_prompts(prompts, prompts_file)
-        detector = LanguageDetector(
-            normalize_languages(languages.split(",")) if languages else found.languages
-        )
+        detector = LanguageDetector(told_apart)
     spec, own_revision = _model_of(subspaces, path, found, model)
     with ProgressBars(shown=not quiet) as progress:
         loaded, execution = open_model(
@@ -290,25 +289,25 @@ def _model_of(
     return model_called(str(subspaces.metadata.get("model")), file, "--model"), None
 
 
+def _languages(
+    subspaces: Subspaces, named: str | None, pushes: Sequence[Towards]
+) -> tuple[str, ...]:
+    """The central language, then those named, or all, and those that are pushed towards."""
+    chosen = normalize_languages(named.split(",")) if named else subspaces.languages
+    found = dict.fromkeys((subspaces.central, *chosen, *(push.language for push in pushes)))
+    if len(found) == 1:
+        raise UsageError(f"--languages must name one besides {subspaces.central}, got {named!r}")
+    return tuple(found)
+
+
 def _protocol(
-    subspaces: Subspaces,
-    languages: str | None,
-    corpus: str,
-    rows: int,
-    template: str | None,
-    max_new_tokens: int,
+    languages: tuple[str, ...], corpus: str, rows: int, template: str | None, max_new_tokens: int
 ) -> Protocol:
-    named = normalize_languages(languages.split(",")) if languages else subspaces.languages
-    others = tuple(k for k in named if k != subspaces.central)
-    if not others:
-        raise UsageError(
-            f"--languages must name one besides {subspaces.central}, got {languages!r}"
-        )
-    parallel = read_parallel(corpus, (subspaces.central, *others))
+    parallel = read_parallel(corpus, languages)
     return Protocol(
         rows=parallel.split(rows)[1] if parallel.n_heldout else parallel.limit(rows),
-        central=subspaces.central,
-        languages=others,
+        central=languages[0],
+        languages=languages[1:],
         built_in=(),
         benchmarks=(),
         limit=None,
