@@ -7,6 +7,7 @@ and from the paper's formulas; the package changes outputs.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,16 +153,32 @@ def test_narrow_states_are_steered_in_float32_and_rounded_once(
 ) -> None:
     subspaces = probed(llama)
     narrow = wrap_model(build().to(dtype), tiny_tokenizer())
-    vector = subspaces.direction("sw", 1).float()
+    mean, basis = subspaces.language_means[1].mean(0), subspaces.specific_basis[1]
     with patched(narrow, lambda *_: None) as before:
         logits(narrow)
-    with (
-        Steering(subspaces, [Towards("sw", 1.0, (1,))]).applied(narrow.structure),
-        patched(narrow, lambda *_: None) as after,
+    h = before[1].double()
+    for action, expected in (
+        (Towards("sw", 1.0, (1,)), h + subspaces.direction("sw", 1)),
+        (Removal(1.0, (1,)), h - (h - mean) @ basis.T @ basis),
     ):
-        logits(narrow)
-    assert after[1].dtype == dtype
-    assert torch.equal(after[1], (before[1].float() + vector).to(dtype))
+        with (
+            Steering(subspaces, [action]).applied(narrow.structure),
+            patched(narrow, lambda *_: None) as after,
+        ):
+            logits(narrow)
+        assert after[1].dtype == dtype
+        rounded = expected.to(dtype)
+        assert (after[1] == rounded).double().mean() > 0.99  # but where the last bit is a toss-up
+        torch.testing.assert_close(after[1], rounded)
+
+
+def test_the_engine_learns_of_attention_as_if_nothing_steered(llama: LanguageModel) -> None:
+    expected = llama.structure.attention_name
+    assert expected is not None
+    with steered(llama, [Removal(1.0, (1,), reinsert=1.0, reinsert_at=LAST)]).applied(
+        llama.structure
+    ):
+        assert dataclasses.replace(llama.structure).attention_name == expected
 
 
 @pytest.mark.parametrize(
