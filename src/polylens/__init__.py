@@ -1,8 +1,9 @@
 """PolyLens makes open language models better in the languages they speak badly, and keeps English.
 
 The steps as functions: `load_model`, `read_texts` and `read_parallel` (or `starter_corpus`),
-`probe`, `train`, `evaluate`, `save_model`; or all of them in one: `enhance`. They take and return
-plain objects, print nothing, and never touch the global seed.
+`probe`, `train`, `evaluate`, `save_model`; or all of them in one: `enhance`. A `Steering` changes
+answers without training. They take and return plain objects, print nothing, and never touch the
+global seed.
 """
 
 from polylens.config import RunConfig, load_config
@@ -12,11 +13,15 @@ from polylens.evaluation import evaluate
 from polylens.merging import save_model
 from polylens.models import load_model
 from polylens.run import enhance
+from polylens.steering import Removal, Steering, Towards
 from polylens.steps import probe, train
 
 __all__ = [
     "PolyLensError",
+    "Removal",
     "RunConfig",
+    "Steering",
+    "Towards",
     "enhance",
     "evaluate",
     "load_config",

@@ -2,7 +2,7 @@
 
 `run_crown` runs the model's own top layers (with whatever weights they hold now); `Crown` is a
 trainable copy of them with float32 master weights. `CrownDelta` is what training leaves: the change
-of each weight, with a strength dial.
+of each weight, with a strength dial. `Change` is what a delta and a steering have in common.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -225,6 +225,19 @@ def _run(
         rows = torch.arange(len(positions), device=hidden_states.device)[:, None]
         return hidden_states[rows, positions]
     return hidden_states
+
+
+class Change(Protocol):
+    """What makes a model another one for a while: a `CrownDelta`, or a `Steering`."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers that it changes; below the lowest, states are those of the untouched."""
+
+    def applied(
+        self, structure: DecoderStructure, strength: float = 1.0, dtype: torch.dtype | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Change the model for a while; a strength of 0 changes nothing, to the bit."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,10 @@ import torch
 
 from polylens.evaluation.scoring import Candidate, Score, score_continuations
 from polylens.models.loading import LanguageModel
+from polylens.steering import Removal
 from test_crown import random_delta
+from test_steering import EITHER, steered
+from tiny import N_LAYERS
 
 REQUESTS = [
     ([5, 6, 7], [8]),
@@ -65,5 +68,24 @@ def test_strength_0_scores_as_the_untouched_model_to_the_bit(tiny_model: Languag
     delta = random_delta(tiny_model)
     untouched, zero = score_continuations(
         tiny_model, REQUESTS, [Candidate(), Candidate(delta, strength=0.0)]
+    )
+    assert untouched == zero
+
+
+def test_scores_of_steered_candidates_are_those_of_the_whole_model(
+    tiny_model: LanguageModel,
+) -> None:
+    carried, other = (steered(tiny_model, actions) for actions in EITHER)
+    upper = steered(tiny_model, [Removal(1.0, (2,), reinsert=0.5, reinsert_at=N_LAYERS - 1)])
+    candidates = [Candidate(), Candidate(carried, 0.5), Candidate(other), Candidate(upper)]
+    assert [one.delta.layers[0] for one in candidates if one.delta] == [0, 1, 2]
+    found = score_continuations(tiny_model, REQUESTS, candidates, token_budget=12)
+    for candidate, scores in zip(candidates, found, strict=True):
+        with candidate.applied(tiny_model.structure):
+            expected = by_the_whole_model(tiny_model)
+        for score, whole in zip(scores, expected, strict=True):
+            assert score.log_likelihood == pytest.approx(whole.log_likelihood, rel=1e-3, abs=1e-3)
+    untouched, zero = score_continuations(
+        tiny_model, REQUESTS, [Candidate(), Candidate(carried, 0.0)]
     )
     assert untouched == zero

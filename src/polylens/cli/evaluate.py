@@ -259,12 +259,7 @@ def _protocol(
 def _numbers(text: str | None) -> list[float] | None:
     if text is None:
         return None
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(
-            f"--strength must be numbers by commas, e.g. 0.5,1, got {text!r}"
-        ) from error
+    numbers = options.numbers("--strength", text)
     if any(not 0 <= number < float("inf") for number in numbers):
         raise UsageError(f"--strength must be at least 0, got {text!r}")
     return numbers

@@ -22,6 +22,7 @@ from polylens.cli import (
     report,
     run,
     search,
+    steer,
     train,
 )
 from polylens.cli.console import err, out, set_up_logging
@@ -41,6 +42,7 @@ app.command("enhance")(run.enhance)
 app.command("probe")(probe.probe)
 app.command("train")(train.train)
 app.command("search")(search.search)
+app.command("steer")(steer.steer)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("fidelity")(fidelity.fidelity)

@@ -112,3 +112,35 @@ def make_runtime(**values: Any) -> Runtime:
         ConfigError: a value is faulty.
     """
     return check(Runtime, {key: value for key, value in values.items() if value is not None})
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """Read numbers by commas.
+
+    Raises:
+        UsageError: they are not.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} must be numbers by commas, e.g. 0.5,1, got {text!r}") from None
+
+
+def layers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Read layers by commas and from-to, e.g. "4,19-28"; None stays None.
+
+    Raises:
+        UsageError: they are not.
+    """
+    if text is None:
+        return None
+    found: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            found += range(int(first), int(last if dash else first) + 1)
+    except ValueError:
+        raise UsageError(
+            f"{option} must be layers by commas or from-to, e.g. 4,19-28, got {text!r}"
+        ) from None
+    return tuple(found)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from polylens import distributed
 from polylens.corpora import ParallelCorpus
-from polylens.crown import CrownDelta, run_crown
+from polylens.crown import Change, run_crown
 from polylens.detection import LanguageDetector
 from polylens.evaluation.drift import PromptStates, StateChange, measure_change, summarise_states
 from polylens.evaluation.fidelity import detect_answers, measure_fidelity
@@ -119,7 +119,7 @@ def answer(
 
 def compare(
     model: LanguageModel,
-    deltas: Sequence[CrownDelta],
+    deltas: Sequence[Change],
     heldout: Heldout,
     *,
     strength: float = 1.0,
@@ -133,7 +133,7 @@ def compare(
 
     Args:
         model: the untouched model.
-        deltas: what training changed; each costs one run of its crown.
+        deltas: what training changed, or steerings; each costs one run of its crown.
         heldout: prompts and texts.
         strength: the dial.
         dtype: round the changed weights to it first, as a model saved in it would be.
@@ -250,7 +250,7 @@ def summarise(
 @overload
 def evaluate(
     model: LanguageModel,
-    delta: CrownDelta,
+    delta: Change,
     corpus: ParallelCorpus,
     *,
     languages: Sequence[str],
@@ -268,7 +268,7 @@ def evaluate(
 @overload
 def evaluate(
     model: LanguageModel,
-    delta: Sequence[CrownDelta],
+    delta: Sequence[Change],
     corpus: ParallelCorpus,
     *,
     languages: Sequence[str],
@@ -285,7 +285,7 @@ def evaluate(
 
 def evaluate(
     model: LanguageModel,
-    delta: CrownDelta | Sequence[CrownDelta],
+    delta: Change | Sequence[Change],
     corpus: ParallelCorpus,
     *,
     languages: Sequence[str],
@@ -302,7 +302,7 @@ def evaluate(
 
     Args:
         model: the untouched model; it is not changed.
-        delta: from `polylens.train`; with a list, all of them from one trunk pass.
+        delta: from `polylens.train`, or a `Steering`; with a list, all of them from one trunk pass.
         corpus: rows that training did not see.
         languages: target languages.
         central: the language to protect.
@@ -321,7 +321,7 @@ def evaluate(
         CorpusError: a language is missing.
         LanguageError: the detector does not know a language.
     """
-    deltas = [delta] if isinstance(delta, CrownDelta) else list(delta)
+    deltas = list(delta) if isinstance(delta, Sequence) else [delta]
     rows = corpus.select((central, *languages))
     heldout = Heldout(
         corpus=rows,
@@ -351,4 +351,4 @@ def evaluate(
         with one.applied(model.structure, strength):
             after = answer(model, heldout, max_new_tokens, progress)
         found.append(summarise(heldout, before, after, comparison, max_new_tokens))
-    return found[0] if isinstance(delta, CrownDelta) else found
+    return found if isinstance(delta, Sequence) else found[0]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from polylens.crown import CrownDelta, run_crown
+from polylens.crown import Change, run_crown
 from polylens.evaluation.likelihood import Target, score_tokens
 from polylens.hidden_states import Keep
 from polylens.machine import keeping_freed_memory
@@ -27,15 +27,15 @@ from polylens.token_budget import best_token_budget
 
 @dataclass(frozen=True)
 class Candidate:
-    """A crown to score: the model's own, or what training made of it.
+    """A crown to score: the model's own, or what training or steering makes of it.
 
     Attributes:
-        delta: what training changed; None is the untouched model.
+        delta: what training changed, or a steering; None is the untouched model.
         strength: the dial.
         dtype: round the changed weights to it first, as a model saved in it would be.
     """
 
-    delta: CrownDelta | None = None
+    delta: Change | None = None
     strength: float = 1.0
     dtype: torch.dtype | None = None
 

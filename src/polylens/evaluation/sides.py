@@ -121,17 +121,27 @@ def choose_sides(target: str, against: str | None, strengths: Sequence[float] | 
 
 
 def _base_of(delta: Path) -> str:
-    """Return the model that a delta belongs to, which it knows by its name alone.
+    """Return the model that a delta belongs to."""
+    name = str(CrownDelta.load(delta).metadata.get("model"))
+    return model_called(name, delta, "--against, or by --model to export")
+
+
+def model_called(name: str, file: Path, option: str) -> str:
+    """Return the model that a file of ours belongs to, which knows it by its name alone.
+
+    Args:
+        name: as the file has it.
+        file: named in the error.
+        option: which names the model instead.
 
     Raises:
         UsageError: it was a folder.
     """
-    name = str(CrownDelta.load(delta).metadata.get("model"))
     if name in REGISTRY or "/" in name:
         return name
     raise UsageError(
-        f"the model must be named, since {delta} belongs to one in a folder called {name!r}; "
-        "give its path by --against, or by --model to export"
+        f"the model must be named, since {file} belongs to one in a folder called {name!r}; "
+        f"give its path by {option}"
     )
 
 

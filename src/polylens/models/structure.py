@@ -462,6 +462,9 @@ def run_layer_at(
 ) -> Tensor:
     """Run a decoder layer for some tokens of each row; see `DecoderStructure.run_at`.
 
+    A layer with hooks is run whole, as they expect it: steering puts back what it took from each
+    token.
+
     Args:
         layer: the layer, or a trainable copy of it.
         attention_name: the child through which tokens see one another; None runs all of the layer.
@@ -473,7 +476,7 @@ def run_layer_at(
         (batch, n_wanted, hidden_size).
     """
     rows = torch.arange(len(positions), device=hidden_states.device)[:, None]
-    if attention_name is None:
+    if attention_name is None or layer._forward_hooks:
         return call(layer, hidden_states)[rows, positions]
     cut = _shallow_copy(layer)
     cut._modules[attention_name] = _Stop()
@@ -500,7 +503,8 @@ def find_attention(structure: DecoderStructure) -> str | None:
     before and after it works token by token. The find is tried out: where leaving the other
     tokens out changes a result, there is no such child (None), and layers run whole.
     """
-    layer: Any = structure.layers[-1]
+    layer = _shallow_copy(structure.layers[-1])
+    layer._forward_hooks = {}  # a trial is no pass: those who hooked the layer must not see it
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(2, 4, structure.hidden_size, generator=generator)
     states[1, 1:] = states[0, 1:]  # the rows differ in their first token
