@@ -81,7 +81,7 @@ def test_sharing_a_prefix_and_cutting_a_step_into_groups_change_nothing(
         return train_crown(tiny_model.structure, subspaces, parallel, settings, token_budget=24)
 
     shared = result()
-    monkeypatch.setattr("polylens.training._MAX_GRAPH_TOKENS", 30)  # one row or two
+    monkeypatch.setattr("polylens.token_budget._MAX_GRAPH_TOKENS", 30)  # one row or two
     in_groups = result()
     monkeypatch.setattr("polylens.hidden_states._MIN_PREFIX", 1000)
     apart = result()
