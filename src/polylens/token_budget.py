@@ -83,9 +83,7 @@ def best_graph_tokens(
     return min(_MAX_GRAPH_TOKENS, batch_bytes // (activation_bytes(structure) * n_layers))
 
 
-def groups_within(
-    rows: Sequence[int], n_tokens: Sequence[int], most: int
-) -> Iterator[list[int]]:
+def groups_within(rows: Sequence[int], n_tokens: Sequence[int], most: int) -> Iterator[list[int]]:
     """Cut rows into groups of at most so many tokens; a longer row makes a group of its own.
 
     Args:

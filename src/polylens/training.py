@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from polylens import distributed
-from polylens.config import TrainSettings
+from polylens.config import CrownSettings, TrainSettings
 from polylens.crown import Crown
 from polylens.errors import ConfigError
 from polylens.hidden_states import HiddenStates
@@ -65,7 +65,7 @@ class TrainingResult:
     log: list[dict[str, float]]
 
 
-def trained_layers(settings: TrainSettings, n_layers: int) -> tuple[int, ...]:
+def trained_layers(settings: CrownSettings, n_layers: int) -> tuple[int, ...]:
     """Return the layers that train, ascending.
 
     Raises:

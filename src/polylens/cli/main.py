@@ -10,7 +10,19 @@ import typer
 from rich.markup import escape
 
 from polylens import distributed
-from polylens.cli import data, doctor, evaluate, fidelity, judge, models, probe, report, run, train
+from polylens.cli import (
+    baseline,
+    data,
+    doctor,
+    evaluate,
+    fidelity,
+    judge,
+    models,
+    probe,
+    report,
+    run,
+    train,
+)
 from polylens.cli.console import err, out, set_up_logging
 from polylens.errors import PolyLensError
 from polylens.journal import versions
@@ -27,6 +39,7 @@ app = typer.Typer(
 app.command("enhance")(run.enhance)
 app.command("probe")(probe.probe)
 app.command("train")(train.train)
+app.command("baseline")(baseline.baseline)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("fidelity")(fidelity.fidelity)
