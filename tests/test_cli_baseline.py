@@ -59,14 +59,15 @@ def test_few_shot_is_a_template_that_evaluate_takes(run: Any, tiny_folder: Path)
     assert "2 examples" in out
     record = json.loads(Path("shots/baseline.json").read_text())
     assert record["tokens_per_prompt"] > 2 * len("Swali 1?Ndiyo.")
-    last, compare = (
-        line.split()[-11 if "evaluate" in line else -4 :] for line in out.splitlines()[-2:]
+    without, with_shots, compare = (
+        line.partition("polylens ")[2].split() for line in out.splitlines() if "polylens " in line
     )
-    code, _, err = run(*last[1:], "--rows", 2, "--max-new-tokens", 2)
-    assert code == 0, err
-    samples = next(Path("shots/with").rglob("*fidelity_sw*.jsonl")).read_text()
-    assert compare[:2] == ["polylens", "compare"]
-    assert samples
+    for command in (without, with_shots):
+        code, _, err = run(*command, "--rows", 2, "--max-new-tokens", 2)
+        assert code == 0, err
+    code, out, err = run(*compare)
+    assert code in (0, 3), err
+    assert "fidelity_sw" in out
 
 
 @pytest.mark.parametrize(

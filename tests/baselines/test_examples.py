@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -110,13 +111,18 @@ def test_a_template_that_does_not_go_on_from_its_prompt_still_ends_the_answer() 
 def test_every_token_of_a_text_but_the_first_is_predicted_once(bos: bool) -> None:
     tokenizer = tiny_tokenizer(bos=bos)
     text = "Habari ya asubuhi, bwana?"
-    rows = encode_texts({"sw": [text, "x"]}, tokenizer, max_tokens=7)
-    expected = [*tokenizer(text)["input_ids"], EOS_ID]
-    own = [pair for pair in zip(rows.ids, rows.n_scored, strict=True) if len(pair[0]) > 2 + bos]
-    assert [token for ids, n_scored in own for token in ids[-n_scored:]] == expected[1:]
-    assert all(n_scored == len(ids) - 1 <= 6 for ids, n_scored in own)
-    pairs = zip(rows.ids, rows.ids[1 : len(own)], strict=False)
-    assert all(one[-1] == following[0] for one, following in pairs)
+    rows = encode_texts({"sw": [text]}, tokenizer, max_tokens=7)
+    scored = [
+        token
+        for ids, n_scored in zip(rows.ids, rows.n_scored, strict=True)
+        for token in ids[-n_scored:]
+    ]
+    assert scored == [*tokenizer(text)["input_ids"], EOS_ID][1:]
+    for ids, n_scored in zip(rows.ids, rows.n_scored, strict=True):
+        assert n_scored == len(ids) - 1 <= 6
+    for one, following in itertools.pairwise(rows.ids):
+        assert one[-1] == following[0]
+    assert encode_texts({"sw": [text, text]}, tokenizer, 7).ids == rows.ids * 2
 
 
 def test_shots_are_what_the_model_itself_would_have_said() -> None:

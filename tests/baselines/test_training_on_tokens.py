@@ -78,9 +78,9 @@ def test_loss_and_gradient_are_those_of_the_whole_model(
         labels = torch.tensor([[-100] * (len(ids) - n_scored) + list(ids[-n_scored:])])
         own = model(input_ids=torch.tensor([ids]), labels=labels).loss * n_scored
         total = total + own
-        nats[language] += float(own)
+        nats[language] += own.item()
     (total / sum(rows.n_scored)).backward()
-    assert loss == pytest.approx(float(total) / sum(rows.n_scored), rel=1e-5)
+    assert loss == pytest.approx(total.item() / sum(rows.n_scored), rel=1e-5)
     for language, value in nats.items():
         own_scored = [
             n for n, k in zip(rows.n_scored, rows.languages, strict=True) if k == language

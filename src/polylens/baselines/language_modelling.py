@@ -75,7 +75,8 @@ class Sequences:
         most = settings.tokens // settings.epochs
         order = list(range(len(self.ids)))
         random.Random(seed).shuffle(order)
-        kept, total = [], 0
+        kept: list[int] = []
+        total = 0
         for row in order:
             if kept and total + len(self.ids[row]) > most:
                 break
@@ -247,7 +248,9 @@ class NextTokenObjective:
             predict; (n_scored,) the tokens that they predict; (n_scored,) indices of languages.
         """
         prefix = self._crown.run_prefix(self._calls, self._states)
-        outputs, tokens, languages = [], [], []
+        outputs: list[Tensor] = []
+        tokens: list[int] = []
+        languages: list[int] = []
         for chosen, output, counts in self._crown.run_kept(
             self._calls,
             self._states,
@@ -277,7 +280,8 @@ class NextTokenObjective:
             normed = self._crown.final_norm(leaf).to(structure.dtype)
             logits = structure.logits(normed[None])[0].float()  # (n, vocab_size)
             loss = functional.cross_entropy(logits, wanted, reduction="none")
-            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+            loss.sum().backward(inputs=[leaf])  # and none of the head's weights
+            assert leaf.grad is not None
             losses.append(loss.detach())
-            gradients.append(gradient)
+            gradients.append(leaf.grad)
         return torch.cat(losses), torch.cat(gradients)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,8 @@ class LowRankCrown(Crown):
         for path in self._updated:
             place, _, name = path.partition(".")
             index = self.boundary_layer + int(place)
-            update = self.layers.get_submodule(path).get_delta_weight("default")
+            linear: Any = self.layers.get_submodule(path)  # peft's layer around the map
+            update = linear.get_delta_weight("default")
             full_name = self.structure_[0].parameter_name(index, f"{name}.weight")
             changes[full_name] = update.float().cpu().contiguous()
         return changes

@@ -192,7 +192,7 @@ class _Job:
 
 def _train(job: _Job, progress: Progress, tell: Callable[[str], None]) -> dict[str, Any]:
     """Train, write the delta, and return what it cost."""
-    settings = check(_SETTINGS[job.kind], job.given)
+    settings: Any = check(_SETTINGS[job.kind], job.given)
     needed = [*job.languages, *([job.central] if settings.replay_ratio else [])]
     corpus: Any
     method: Callable[..., CrownDelta]

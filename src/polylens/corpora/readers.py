@@ -267,7 +267,7 @@ def _reply(row: Row) -> str:
             turns = iter(row[column])
             for turn in turns:
                 if turn.get("from") in ("human", "user") or turn.get("role") == "user":
-                    answer = next(turns, {})
+                    answer: Row = next(turns, {})
                     return _text(answer.get("value", answer.get("content")))
             return ""
     return next((_text(row[column]) for column in _ANSWER_COLUMNS if column in row), "")
