@@ -82,7 +82,7 @@ def test_sharing_a_prefix_and_cutting_a_step_into_groups_change_nothing(
         return train_crown(tiny_model.structure, subspaces, parallel, settings, token_budget=24)
 
     shared = result()
-    monkeypatch.setattr("polylens.training._MAX_GRAPH_TOKENS", 30)  # one row or two
+    monkeypatch.setattr("polylens.token_budget._MAX_GRAPH_TOKENS", 30)  # one row or two
     in_groups = result()
     monkeypatch.setattr("polylens.hidden_states._MIN_PREFIX", 1000)
     apart = result()
@@ -312,14 +312,12 @@ def test_retaining_distributions_holds_them(llama: LanguageModel) -> None:
     assert held < 0.5 * free
 
 
-def test_a_low_rank_update_has_that_rank_and_learns(tiny_model: LanguageModel) -> None:
-    result = train(tiny_model, update_rank=2, epochs=6, learning_rate=1e-2)
+def test_a_low_rank_update_has_that_rank_and_learns(llama: LanguageModel) -> None:
+    pytest.importorskip("peft")
+    result = train(llama, update_rank=2, epochs=6, learning_rate=1e-2)
     assert result.log[-1]["loss"] < result.log[0]["loss"]
-    weights = dict(tiny_model.causal_lm.named_parameters())
-    for name, change in result.changes.items():
-        assert change.shape == weights[name].shape
-        ranks = torch.linalg.matrix_rank(change, rtol=1e-4)
-        assert int(ranks.max()) in (1, 2)
+    for change in result.changes.values():
+        assert int(torch.linalg.matrix_rank(change, rtol=1e-4)) in (1, 2)
 
 
 @pytest.mark.parametrize("position", ["last", "mean", "all"])

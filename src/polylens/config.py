@@ -33,11 +33,13 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """Base of all settings: frozen, and no unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ProbeSettings(_Settings):
+class ProbeSettings(Settings):
     """Language subspace probing."""
 
     corpus: str = Field(
@@ -64,7 +66,7 @@ class ProbeSettings(_Settings):
     )
 
 
-class OptimizerSettings(_Settings):
+class OptimizerSettings(Settings):
     """AdamW, and how often and in what order it sees the rows."""
 
     learning_rate: float = Field(1e-4, gt=0, description="AdamW's peak learning rate.")
@@ -75,7 +77,15 @@ class OptimizerSettings(_Settings):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
 
 
-class TrainSettings(OptimizerSettings):
+class CrownSettings(OptimizerSettings):
+    """Which layers train, and how."""
+
+    layers: PositiveInt | tuple[int, ...] = Field(
+        2, description="Decoder layers that train: so many at the top, or a list (from 0)."
+    )
+
+
+class TrainSettings(CrownSettings):
     """Language subspace manipulation."""
 
     corpus: str = Field(
@@ -83,9 +93,6 @@ class TrainSettings(OptimizerSettings):
     )
     rows: PositiveInt | None = Field(200, description="Use at most so many parallel rows.")
     max_tokens: PositiveInt = Field(128, description="Longest prompt; longer texts lose their end.")
-    layers: PositiveInt | tuple[int, ...] = Field(
-        2, description="Decoder layers that train: so many at the top, or a list (from 0)."
-    )
     position: Literal["last", "mean", "all"] = Field(
         "last", description="States the losses read: last token, mean over tokens, or every token."
     )
@@ -107,7 +114,9 @@ class TrainSettings(OptimizerSettings):
         "'distribution' of each next token.",
     )
     update_rank: PositiveInt | None = Field(
-        None, description="Rank of each weight's change; default: any."
+        None,
+        description="Rank of each linear map's change, by the extra `lora`; default: any, and all "
+        "weights of the layers train.",
     )
 
     @field_validator("strength", mode="after")
@@ -135,7 +144,7 @@ class TrainSettings(OptimizerSettings):
         return self.strength
 
 
-class EvaluateSettings(_Settings):
+class EvaluateSettings(Settings):
     """Before and after, on prompts that training never saw."""
 
     corpus: str | None = Field(
@@ -172,7 +181,7 @@ class EvaluateSettings(_Settings):
         return normalize_languages(value)
 
 
-class GateSettings(_Settings):
+class GateSettings(Settings):
     """When the central language counts as unharmed."""
 
     margin: float = Field(
@@ -194,7 +203,7 @@ class GateSettings(_Settings):
     )
 
 
-class OutputSettings(_Settings):
+class OutputSettings(Settings):
     """The merged model."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -207,7 +216,7 @@ class OutputSettings(_Settings):
     )
 
 
-class RunConfig(_Settings):
+class RunConfig(Settings):
     """Everything that determines the result of a run."""
 
     model: str = Field(
@@ -280,7 +289,7 @@ def _split_languages(value: Any) -> Any:
     return ["no" if part is False else part for part in parts]
 
 
-class Runtime(_Settings):
+class Runtime(Settings):
     """How a run is carried out; none of it is meant to change the numbers."""
 
     device: str = Field("auto", description="Device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")

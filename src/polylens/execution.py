@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from polylens import distributed
-from polylens.config import Runtime, TrainSettings
+from polylens.config import CrownSettings, Runtime
 from polylens.errors import ConfigError
 from polylens.machine import computing_dtype
 from polylens.models.loading import LanguageModel, choose_device, load_model
@@ -143,7 +143,7 @@ def open_model(
     runtime: Runtime,
     *,
     revision: str | None = None,
-    train: Sequence[TrainSettings] = (),
+    train: Sequence[CrownSettings] = (),
     with_head: bool = False,
     progress: Progress = silent,
 ) -> tuple[LanguageModel, Execution]:

@@ -1,68 +1,90 @@
-"""Weights whose change has a low rank: `W + up · down`, with W frozen (LoRA).
+"""Low-rank updates of a crown (LoRA, Hu et al. 2021, arXiv 2106.09685), through peft.
 
-The change is a parametrisation of torch's, so that a layer computes with its changed weights
-whatever its own code does with them; experts that are joined in one weight get factors each.
-
-Source: Hu et al. 2021, LoRA (arXiv 2106.09685), without its scale: that is the learning rate's.
+A weight of shape (out, in) becomes W + alpha/rank · B·A with B (out, rank) and A (rank, in), of
+which B and A alone train. Afterwards the products are the change, like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+
+from polylens.crown import Crown
+from polylens.errors import MissingExtraError, ModelError
+from polylens.models.structure import DecoderStructure
 
 
-class LowRankChange(nn.Module):
-    """Adds `up · down` to a weight; nothing at first, since `up` begins at zero.
-
-    Attributes:
-        up: (…, n_out, rank).
-        down: (…, rank, n_in).
-    """
-
-    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        *batch, n_out, n_in = weight.shape
-        rank = min(rank, n_out, n_in)
-        self.up = nn.Parameter(torch.zeros(*batch, n_out, rank, device=weight.device))
-        drawn = torch.randn(*batch, rank, n_in, generator=generator) / n_in**0.5
-        self.down = nn.Parameter(drawn.to(weight.device))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the changed weight, shape of `weight`."""
-        return weight + self.change()
-
-    def change(self) -> Tensor:
-        """Return what is added, shape of the weight."""
-        return self.up @ self.down
-
-
-def add_low_rank_changes(layer: nn.Module, rank: int, generator: torch.Generator) -> None:
-    """Give every matrix of a layer, whose weights are frozen, a change that trains.
+class LowRankCrown(Crown):
+    """A crown whose linear maps train by low-rank updates; everything else in it is frozen.
 
     Args:
-        layer: of float32 weights; its norms and biases stay as they are.
-        rank: of each change; a smaller matrix's is its own.
-        generator: of the factors.
+        structure: the untouched model; it is not changed.
+        trainable: layers whose linear maps are updated.
+        rank: of the update of each.
+        alpha: the update is scaled by alpha / rank.
+        seed: of A's first values; B starts at 0.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        ModelError: the layers have no linear maps.
     """
-    matrices = [
-        (module, name)
-        for module in list(layer.modules())
-        for name, weight in module.named_parameters(recurse=False)
-        if weight.ndim >= 2
-    ]
-    for module, name in matrices:
-        change = LowRankChange(getattr(module, name), rank, generator)
-        parametrize.register_parametrization(module, name, change)
 
+    def __init__(
+        self,
+        structure: DecoderStructure,
+        trainable: Sequence[int],
+        *,
+        rank: int,
+        alpha: float,
+        seed: int,
+    ) -> None:
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise MissingExtraError("peft", "lora", "training by low-rank updates") from error
+        super().__init__(structure, trainable)
+        places = [index - self.boundary_layer for index in self.trainable]
+        linear = [
+            f"{place}.{name}"
+            for place in places
+            for name, module in self.layers[place].named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        if not linear:
+            raise ModelError(
+                f"low-rank updates need layers with linear maps, but those of "
+                f"{type(structure.causal_lm).__name__} have none; use polylens baseline sft"
+            )
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type] # any number does
+            target_modules="|".join(map(re.escape, linear)),
+        )
+        with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, self.layers)
+        self._updated = linear
+        self.eval()
 
-def low_rank_changes(layer: nn.Module) -> Iterator[tuple[str, LowRankChange]]:
-    """Yield each change under the name of its weight within the layer."""
-    for path, module in layer.named_modules():
-        if isinstance(module, LowRankChange):
-            # "self_attn.q_proj.parametrizations.weight.0"
-            owner, _, rest = path.partition("parametrizations.")
-            yield f"{owner}{rest.rpartition('.')[0]}", module
+    def named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield every A and B, under their names within the crown's layers."""
+        for name, parameter in self.layers.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+    @torch.no_grad()
+    def into_changes(self) -> dict[str, Tensor]:
+        """Return the change of each updated weight, float32, on the CPU."""
+        changes = {}
+        for path in self._updated:
+            place, _, name = path.partition(".")
+            index = self.boundary_layer + int(place)
+            linear: Any = self.layers.get_submodule(path)  # peft's layer around the map
+            update = linear.get_delta_weight("default")
+            full_name = self.structure_[0].parameter_name(index, f"{name}.weight")
+            changes[full_name] = update.float().cpu().contiguous()
+        return changes

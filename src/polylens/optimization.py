@@ -140,6 +140,21 @@ def optimize(
     return log
 
 
+def add_up_step(sums: Tensor, named: Mapping[str, torch.nn.Parameter]) -> Tensor:
+    """Add up what each process has of a step: its sums, which are returned, and its gradients.
+
+    Args:
+        sums: any shape, float64, on the CPU.
+        named: the weights in training, by name; their gradients are changed in place.
+    """
+    if distributed.size() > 1:
+        weights = list(named.values())
+        device = weights[0].device
+        sums = sums.to(device, torch.float32 if device.type == "mps" else None)
+        distributed.add_up([sums, *(w.grad for w in weights if w.grad is not None)])
+    return sums
+
+
 def schedule(step: int, n_steps: int, warmup_ratio: float) -> float:
     """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero.
 

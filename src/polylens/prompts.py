@@ -64,6 +64,23 @@ class PromptFormat:
         assert isinstance(rendered, str)
         return rendered
 
+    def render_answer(self, tokenizer: Any, text: str, answer: str) -> str:
+        """Return what follows the prompt for `text` when it is answered, end of turn included.
+
+        Without a template an empty line parts the two, and the tokenizer's end of text follows.
+        """
+        end: str = tokenizer.eos_token or ""
+        if self.template is None:
+            return f"\n\n{answer}{end}"
+        whole = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}, {"role": "assistant", "content": answer}],
+            chat_template=self.template,
+            tokenize=False,
+        )
+        prompt = self.render(tokenizer, text)
+        # White space after the end of turn is the next turn's, which no answer reaches.
+        return whole[len(prompt) :].rstrip() if whole.startswith(prompt) else answer + end
+
     def encode(self, tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Prompts:
         """Tokenise `texts` as prompts of at most `max_tokens` tokens.
 

@@ -10,7 +10,7 @@ Source: Zhao et al. 2024, Lens (arXiv 2410.04407), section 3.2.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,26 +19,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
 from polylens import distributed
-from polylens.config import TrainSettings
+from polylens.config import CrownSettings, TrainSettings
 from polylens.crown import Crown
 from polylens.errors import ConfigError
-from polylens.hidden_states import HiddenStates, gather, token_batches
+from polylens.hidden_states import HiddenStates
 from polylens.losses import AlignLoss, RetainDistributionLoss, RetainLoss, SeparateLoss
+from polylens.low_rank import LowRankCrown
 from polylens.models.structure import Calls, DecoderStructure
-from polylens.optimization import optimize
+from polylens.optimization import add_up_step, optimize
 from polylens.progress import Progress, silent
 from polylens.scratch import Scratch
 from polylens.subspaces import Subspaces
-from polylens.token_budget import activation_bytes, best_token_budget
-
-# Tokens whose activations are in memory at once, for the backward pass. A step of the published
-# settings (8 rows in 7 languages) is about 4,000.
-_MAX_GRAPH_TOKENS = 4096
-
-# What a batch costs beside its padded tokens, in tokens: one more gradient of every weight is made
-# and added up. On two cores and a crown of 94 million weights, an epoch took 69 s with 0 here, 25 s
-# with 64, 21 s with 200.
-_BATCH_COST = 256
+from polylens.token_budget import best_graph_tokens, best_token_budget, groups_within
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ class TrainingResult:
     log: list[dict[str, float]]
 
 
-def trained_layers(settings: TrainSettings, n_layers: int) -> tuple[int, ...]:
+def trained_layers(settings: CrownSettings, n_layers: int) -> tuple[int, ...]:
     """Return the layers that train, ascending.
 
     Raises:
@@ -141,8 +133,13 @@ def train_crown(
     n_tokens = settings.epochs * int(parallel.states.lengths.sum())
     token_budget = token_budget or best_token_budget(structure, n_tokens, scratch.batch_bytes)
     layers = trained_layers(settings, structure.n_layers)
-    crown = Crown(structure, layers, update_rank=settings.update_rank, seed=seed)
-    graph_tokens = _graph_tokens(structure, len(crown.layers), scratch)
+    rank = settings.update_rank
+    crown = (
+        Crown(structure, layers)
+        if rank is None
+        else LowRankCrown(structure, layers, rank=rank, alpha=rank, seed=seed)
+    )
+    graph_tokens = best_graph_tokens(structure, len(crown.layers), scratch.batch_bytes)
     objective = _Objective(subspaces, parallel, settings, crown, token_budget, graph_tokens)
     reads_logits = settings.retain_weight > 0 and settings.retain == "distribution"
     with structure.loaded_head() if reads_logits else contextlib.nullcontext():
@@ -159,14 +156,6 @@ def train_crown(
             progress=progress,
         )
     return TrainingResult(crown.into_changes(), log)
-
-
-def _graph_tokens(structure: DecoderStructure, n_crown_layers: int, scratch: Scratch) -> int:
-    """Tokens whose activations are kept at once, for the backward pass."""
-    if scratch.batch_bytes is None:
-        return _MAX_GRAPH_TOKENS
-    fitting = scratch.batch_bytes // (activation_bytes(structure) * n_crown_layers)
-    return min(_MAX_GRAPH_TOKENS, fitting)
 
 
 class _Objective:
@@ -188,8 +177,12 @@ class _Objective:
         self._crown = crown
         self._token_budget = token_budget
         self._graph_tokens = graph_tokens
-        self._offsets = parallel.states.offsets
-        self._boundary = parallel.states.boundary[crown.boundary_layer]
+        offsets = parallel.states.offsets
+        self._n_tokens = [
+            sum(offsets[index + 1] - offsets[index] for index in row.values())
+            for row in parallel.rows
+        ]
+        self._only_last = [1] * len(parallel.states.lengths)
         self._calls = Calls(structure, parallel.states.prefix_length)
         self._device = structure.device
         self._align = AlignLoss(subspaces, layer)
@@ -211,7 +204,7 @@ class _Objective:
         """
         names = self._part_names()
         sums = torch.zeros(len(names), 2, dtype=torch.float64)  # sum over rows, and rows
-        for group in self._groups(distributed.own(rows)):
+        for group in groups_within(distributed.own(rows), self._n_tokens, self._graph_tokens):
             losses = self._losses(group)
             weighted = [
                 self._weight(name) * values.sum() / len(rows) for name, values in losses.items()
@@ -220,10 +213,7 @@ class _Objective:
             for name, values in losses.items():
                 index = names.index(name)
                 sums[index] += torch.tensor([float(values.detach().double().sum()), len(values)])
-        parameters = [parameter for _, parameter in self._crown.named_trainable()]
-        if distributed.size() > 1:
-            sums = sums.to(self._device, torch.float32 if self._device.type == "mps" else None)
-            distributed.add_up([sums, *(p.grad for p in parameters if p.grad is not None)])
+        sums = add_up_step(sums, dict(self._crown.named_trainable()))
         parts, loss = {}, 0.0
         for name, (total, count) in zip(names, sums.tolist(), strict=True):
             if count:
@@ -242,22 +232,6 @@ class _Objective:
 
     def _weight(self, name: str) -> float:
         return float(getattr(self._settings, f"{name.partition('.')[0]}_weight"))
-
-    def _groups(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        """Cut rows into groups whose activations may be in memory together."""
-        group: list[int] = []
-        n_tokens = 0
-        for row in rows:
-            own = sum(
-                self._offsets[i + 1] - self._offsets[i] for i in self._parallel.rows[row].values()
-            )
-            if group and n_tokens + own > self._graph_tokens:
-                yield group
-                group, n_tokens = [], 0
-            group.append(row)
-            n_tokens += own
-        if group:
-            yield group
 
     def _losses(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return the losses of each row, by part: (n_rows_with_the_language,) each."""
@@ -334,27 +308,21 @@ class _Objective:
                     whole.append(index)
                 elif language != central or settings.align_weight > 0:
                     (last if settings.position == "last" else whole).append(index)
-        prefix_length = self._parallel.states.prefix_length
+        states = self._parallel.states
+        prefix = self._crown.run_prefix(self._calls, states)
         result: dict[int, Tensor] = {}
-        prefix = None
-        if prefix_length:
-            boundary = self._boundary[None, :prefix_length].to(self._device)
-            prefix = self._final(self._crown(self._calls, boundary, is_prefix=True))[0]
-        for prompts in (whole, last):
-            lengths = [self._offsets[i + 1] - self._offsets[i] for i in prompts]
-            for batch in token_batches(lengths, self._token_budget, _BATCH_COST):
-                chosen = [prompts[i] for i in batch]
-                padded, own = gather(self._boundary, self._offsets, chosen)
-                padded, own = padded.to(self._device), own.to(self._device)
-                if prompts is last:
-                    positions = own[:, None] - 1
-                    output = self._final(self._crown(self._calls, padded, positions=positions))
-                    result.update(zip(chosen, output.unbind(), strict=True))
-                    continue
-                output = self._final(self._crown(self._calls, padded))
-                for row_states, index, length in zip(output, chosen, own.tolist(), strict=True):
-                    real = row_states[:length]
-                    result[index] = real if prefix is None else torch.cat([prefix, real])
+        for prompts, n_last in ((whole, None), (last, self._only_last)):
+            for chosen, output, lengths in self._crown.run_kept(
+                self._calls,
+                states,
+                prompts,
+                prefix=prefix,
+                n_last=n_last,
+                token_budget=self._token_budget,
+            ):
+                final = self._final(output)
+                for index, own, length in zip(chosen, final, lengths.tolist(), strict=True):
+                    result[index] = own[:length]
         return result
 
     def _final(self, states: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from polylens import distributed
 from polylens.cli import (
+    baseline,
     data,
     doctor,
     evaluate,
@@ -43,6 +44,7 @@ app.command("probe")(probe.probe)
 app.command("train")(train.train)
 app.command("search")(search.search)
 app.command("steer")(steer.steer)
+app.command("baseline")(baseline.baseline)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("fidelity")(fidelity.fidelity)

@@ -1,6 +1,6 @@
-"""The two kinds of corpora: texts per language, and parallel rows.
+"""The kinds of corpora: texts per language, parallel rows, prompts with answers.
 
-Both are immutable, checked when made, and know nothing of files; `polylens.corpora.readers` makes
+All are immutable, checked when made, and know nothing of files; `polylens.corpora.readers` makes
 them.
 """
 
@@ -69,7 +69,7 @@ class Corpus:
         """
         require_languages(self, languages)
         return Corpus(
-            self.name, {k: tuple(_sample(self.texts[k], n_texts, seed)) for k in languages}
+            self.name, {k: tuple(sample(self.texts[k], n_texts, seed)) for k in languages}
         )
 
 
@@ -185,7 +185,7 @@ class ParallelCorpus:
 
     def limit(self, n_rows: int | None, seed: int = 0) -> ParallelCorpus:
         """Keep at most `n_rows` rows, chosen by `seed`, in their order."""
-        return ParallelCorpus(self.name, tuple(_sample(self.rows, n_rows, seed)))
+        return ParallelCorpus(self.name, tuple(sample(self.rows, n_rows, seed)))
 
     def to_corpus(self) -> Corpus:
         """Return the texts of each language, no longer parallel."""
@@ -195,7 +195,39 @@ class ParallelCorpus:
         )
 
 
-def require_languages(corpus: Corpus | ParallelCorpus, languages: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class AnsweredCorpus:
+    """Prompts with their answers, per language: for supervised fine-tuning.
+
+    Attributes:
+        name: for reports.
+        pairs: BCP 47 code → (prompt, answer), none of them blank.
+    """
+
+    name: str
+    pairs: Mapping[str, tuple[tuple[str, str], ...]]
+
+    @classmethod
+    def make(cls, name: str, pairs: Mapping[str, Iterable[tuple[str, str]]]) -> AnsweredCorpus:
+        """Build a corpus of normalised codes and stripped texts; pairs that lack one are left out.
+
+        It may turn out empty.
+        """
+        kept = {
+            language: tuple((prompt, answer) for prompt, answer in given if prompt and answer)
+            for language, given in pairs.items()
+        }
+        return cls(name, {language: own for language, own in kept.items() if own})
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Languages with at least one pair."""
+        return tuple(self.pairs)
+
+
+def require_languages(
+    corpus: Corpus | ParallelCorpus | AnsweredCorpus, languages: Sequence[str]
+) -> None:
     """Check that a corpus has some text in each language.
 
     Raises:
@@ -209,7 +241,7 @@ def require_languages(corpus: Corpus | ParallelCorpus, languages: Sequence[str])
         )
 
 
-def _sample(items: Sequence[T], n_items: int | None, seed: int) -> list[T]:
+def sample(items: Sequence[T], n_items: int | None, seed: int) -> list[T]:
     """Choose at most `n_items`, keeping their order; all of them keep it trivially."""
     if n_items is None or len(items) <= n_items:
         return list(items)

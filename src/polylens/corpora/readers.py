@@ -1,8 +1,7 @@
 """From files to corpora.
 
-Every format first becomes rows of dictionaries; `_columns` then finds which column holds which
-language. JSON, JSONL and plain text are read here; CSV, TSV, Parquet and Hub data sets by the
-`datasets` library. The layouts understood:
+Every format first becomes rows of dictionaries (`polylens.corpora.files`); `_columns` then finds
+which column holds which language. The layouts understood:
 
 - one column a language: `en`, `zh`, `input_en`, `text_sw`, …
 - a language column (`language`, `lang`) and a text column, and for parallel rows an id column
@@ -11,24 +10,24 @@ language. JSON, JSONL and plain text are read here; CSV, TSV, Parquet and Hub da
   after its language (`sw.json`) or with a language column
 - the published `train.json` (`Instances` with `input_en`, `input_zh`, …) and `test.jsonl`
 
+Answers, where they are wanted, stand in a column of their own (`answer`, `output`, `output_sw`, …)
+or are the turn that follows the user's.
+
 Surrounding white space is dropped from every text; nothing else is changed.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polylens.artefacts import readable_storage_errors
-from polylens.corpora.corpus import Corpus, ParallelCorpus, require_languages
+from polylens.corpora.corpus import AnsweredCorpus, Corpus, ParallelCorpus, require_languages
+from polylens.corpora.files import Row, corpus_name, read_rows
 from polylens.corpora.starter import starter_corpus
-from polylens.errors import CorpusError, DownloadError, MissingExtraError
+from polylens.errors import CorpusError
 from polylens.languages import is_language, normalize_language
-
-Row = Mapping[str, Any]
 
 STARTER = "starter"
 _LANGUAGE_COLUMNS = ("language", "lang", "language_code", "locale")
@@ -42,9 +41,9 @@ _TEXT_COLUMNS = (
     "question",
     "inputs",
 )
+_ANSWER_COLUMNS = ("answer", "output", "response", "completion", "target", "targets")
 _ID_COLUMNS = ("id", "idx", "row", "row_id", "parallel_id")
 _TURN_COLUMNS = ("conversations", "messages", "conversation")
-_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
 def read_texts(spec: str | Path, languages: Sequence[str] | None = None) -> Corpus:
@@ -61,11 +60,11 @@ def read_texts(spec: str | Path, languages: Sequence[str] | None = None) -> Corp
         corpus = starter_corpus().split(n_heldout=0)[0].to_corpus()
     else:
         texts: dict[str, list[str]] = {}
-        for stem, rows in _read(spec).items():
+        for stem, rows in read_rows(spec).items():
             for row in _texts_by_language(rows, stem, str(spec)):
                 for language, text in row.items():
                     texts.setdefault(language, []).append(text)
-        corpus = Corpus.make(_name(spec), texts)
+        corpus = Corpus.make(corpus_name(spec), texts)
     if languages is not None:
         require_languages(corpus, languages)
     return corpus
@@ -86,152 +85,52 @@ def read_parallel(spec: str | Path, languages: Sequence[str] | None = None) -> P
     if str(spec) == STARTER:
         corpus = starter_corpus()
     else:
-        files = _read(spec)
+        files = read_rows(spec)
         if len(files) > 1:
-            corpus = ParallelCorpus.make(_name(spec), _zip_files(files, str(spec)))
+            corpus = ParallelCorpus.make(corpus_name(spec), _zip_files(files, str(spec)))
         else:
             ((stem, rows),) = files.items()
-            corpus = ParallelCorpus.make(_name(spec), _parallel_rows(rows, stem, str(spec)))
+            corpus = ParallelCorpus.make(corpus_name(spec), _parallel_rows(rows, stem, str(spec)))
     return corpus if languages is None else corpus.select(languages)
 
 
-def _read(spec: str | Path) -> dict[str, list[Row]]:
-    """Return the rows of each file, by the file's stem."""
-    path = Path(spec).expanduser()
-    with readable_storage_errors(path):
-        if path.is_dir():
-            files = sorted(
-                file
-                for file in path.iterdir()
-                if file.suffix in _SUFFIXES and is_language(file.stem.split(".")[-1])
-            )
-            if not files:
-                raise CorpusError(
-                    "a corpus folder must hold one file a language, named after it (en.txt, "
-                    f"sw.txt), but {path} holds none; rename the files or give one file"
-                )
-            return {file.stem.split(".")[-1]: _read_file(file) for file in files}
-        if path.is_file():
-            return {path.stem.split(".")[-1]: _read_file(path)}
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(spec)) and not path.suffix:
-        return {"": _read_hub(str(spec))}
-    raise CorpusError(
-        f"a corpus must be a file, a folder, a Hub data set id or '{STARTER}', but there is no "
-        f"{spec}; check the path"
-    )
+def read_answered(spec: str | Path) -> AnsweredCorpus:
+    """Read prompts with their answers, for supervised fine-tuning.
+
+    Args:
+        spec: as `read_texts`.
+
+    Returns:
+        Those that have an answer, and a language that can be told; there may be none.
+
+    Raises:
+        CorpusError: nothing there, or nothing readable.
+    """
+    if str(spec) == STARTER:  # prompts alone
+        return AnsweredCorpus.make(STARTER, {})
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for stem, rows in read_rows(spec).items():
+        for language, prompt, answer in _answered(rows, stem, str(spec)):
+            pairs.setdefault(language, []).append((prompt, answer))
+    return AnsweredCorpus.make(corpus_name(spec), pairs)
 
 
-def _read_file(path: Path) -> list[Row]:
-    if path.suffix == ".txt":
-        # Blank lines stay, so that the lines of parallel files keep their partners.
-        rows: list[Row] = [{"text": line} for line in _read_lines(path)]
-    elif path.suffix == ".jsonl":
-        rows = _read_jsonl(path)
-    elif path.suffix == ".json":
-        rows = _read_json(path)
-    elif path.suffix in (".csv", ".tsv", ".parquet"):
-        rows = _read_with_datasets(path)
-    else:
-        raise CorpusError(
-            f"a corpus file must end in {', '.join(_SUFFIXES)}, got {path.name}; convert or rename "
-            "it"
-        )
-    if not rows:
-        raise CorpusError(
-            f"a corpus must hold at least one row, but {path} is empty; check the file"
-        )
-    return rows
-
-
-def _read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 file; not `splitlines`, since a text may hold U+2028 and other breaks."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} must be text in UTF-8, but is not; convert it") from error
-    return lines[:-1] if lines[-1] == "" else lines
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    for number, line in enumerate(_read_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CorpusError(
-                f"{path} must hold JSON in each line, but line {number} does not ({error})"
-            ) from error
-        if not isinstance(row, dict):
-            raise CorpusError(
-                f"{path} must hold a JSON object in each line, but line {number} holds none; mend "
-                "it"
-            )
-        rows.append(row)
-    return rows
-
-
-def _read_json(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8")
-    if not text.strip():
-        return []
-    try:
-        loaded = json.loads(text)
-    except ValueError as error:
-        raise CorpusError(f"{path} must hold JSON, but does not ({error}); mend it") from error
-    if isinstance(loaded, dict):  # the published layout, or rows under some other name
-        lists = [value for value in loaded.values() if isinstance(value, list) and value]
-        loaded = loaded.get("Instances") or (lists[0] if len(lists) == 1 else loaded)
-    if not isinstance(loaded, list) or not all(isinstance(row, dict) for row in loaded):
-        raise CorpusError(
-            f"{path} must hold a list of objects, or Instances with one; see docs/data.md"
-        )
-    return loaded
-
-
-def _read_with_datasets(path: Path) -> list[Row]:
-    load_dataset = _load_dataset(f"reading {path.suffix} files")
-    kind = "parquet" if path.suffix == ".parquet" else "csv"
-    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    if path.stat().st_size == 0:
-        return []
-    try:
-        return list(load_dataset(kind, data_files=str(path), split="train", **options))
-    except Exception as error:  # datasets wraps whatever pandas and Arrow raise
-        cause = error.__cause__ or error
-        raise CorpusError(
-            f"{path} must be a readable {path.suffix} file, but is not ({cause}); mend it"
-        ) from error
-
-
-def _read_hub(spec: str) -> list[Row]:
-    """Read a Hub data set, "owner/name" or "owner/name:config"."""
-    load_dataset = _load_dataset(f"the Hub data set {spec}")
-    name, _, config = spec.partition(":")
-    try:
-        found = load_dataset(name, config or None)
-    except (ConnectionError, TimeoutError) as error:
-        raise DownloadError(
-            f"{spec} must be downloadable from the Hub, but the Hub cannot be reached; give a "
-            "local file"
-        ) from error
-    except Exception as error:  # a library boundary: missing, gated, scripted, malformed
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CorpusError(
-            f"{spec} must be a file, a folder or a readable Hub data set, but is not ({reason})"
-        ) from error
-    split = "train" if "train" in found else next(iter(found))
-    return list(found[split])
-
-
-def _load_dataset(purpose: str) -> Any:
-    try:
-        from datasets import disable_progress_bars, load_dataset
-    except ImportError as error:
-        raise MissingExtraError("datasets", "data", purpose) from error
-    disable_progress_bars()
-    return load_dataset
+def _answered(rows: Sequence[Row], stem: str, where: str) -> Iterator[tuple[str, str, str]]:
+    """Yield language, prompt and answer of rows of any layout; an answer may be blank."""
+    language_column = next((column for column in _LANGUAGE_COLUMNS if column in rows[0]), None)
+    columns = {} if language_column else _columns(rows)
+    if columns:
+        answers = {language: name for name, language in _columns(rows, answers=True).items()}
+        for row in rows:
+            for column, language in columns.items():
+                yield language, _text(row.get(column)), _text(row.get(answers.get(language, "")))
+        return
+    if language_column is None and not is_language(stem):
+        return
+    for row in rows:
+        code = row.get(language_column) if language_column else stem
+        if code and (answer := _reply(row)):
+            yield normalize_language(str(code)), _turn(row, where), answer
 
 
 def _texts_by_language(rows: Sequence[Row], stem: str, where: str) -> list[dict[str, str]]:
@@ -263,14 +162,21 @@ def _texts_by_language(rows: Sequence[Row], stem: str, where: str) -> list[dict[
     )
 
 
-def _columns(rows: Sequence[Row]) -> dict[str, str]:
-    """Return column → language for columns named after a language, by code alone or as "…_code"."""
+def _columns(rows: Sequence[Row], *, answers: bool = False) -> dict[str, str]:
+    """Return column → language for columns named after a language, by code alone or as "…_code".
+
+    Args:
+        rows: of any layout.
+        answers: return those that hold answers, instead of those that hold texts.
+    """
     names = dict.fromkeys(key for row in rows[:100] for key in row)
     found = {}
     for name in names:
         code = name if _is_code(name) else re.split(r"[_.]", name, maxsplit=1)[-1]
         if _is_code(code):
             found[name] = normalize_language(code)
+    if answers:
+        return {name: language for name, language in found.items() if _is_answer(name)}
     # "id" and "url" name a row or its source far more often than they mean Indonesian or Urali.
     for name in list(found):
         if name.endswith("_id") or name == "url" or (name == "id" and len(found) < 2):
@@ -283,7 +189,7 @@ def _columns(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _is_answer(name: str) -> bool:
-    return re.split(r"[_.]", name)[0] in ("output", "answer", "response", "target", "completion")
+    return re.split(r"[_.]", name)[0] in _ANSWER_COLUMNS
 
 
 def _is_code(name: str) -> bool:
@@ -354,10 +260,18 @@ def _turn(row: Row, where: str) -> str:
     )
 
 
+def _reply(row: Row) -> str:
+    """Return a row's answer: of a conversation, the turn after the first human one."""
+    for column in _TURN_COLUMNS:
+        if isinstance(row.get(column), list):
+            turns = iter(row[column])
+            for turn in turns:
+                if turn.get("from") in ("human", "user") or turn.get("role") == "user":
+                    answer: Row = next(turns, {})
+                    return _text(answer.get("value", answer.get("content")))
+            return ""
+    return next((_text(row[column]) for column in _ANSWER_COLUMNS if column in row), "")
+
+
 def _text(value: Any) -> str:
     return value.strip() if isinstance(value, str) else ""
-
-
-def _name(spec: str | Path) -> str:
-    """Name a corpus without the path of the machine it lies on."""
-    return str(spec) if not Path(spec).exists() else Path(spec).resolve().name

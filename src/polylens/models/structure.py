@@ -62,11 +62,13 @@ class Calls:
     """What the layers receive for batches of a corpus, worked out once a shape.
 
     Attributes:
+        device: where the model computes.
         prefix: the shared prefix of the corpus; None for none.
     """
 
     def __init__(self, structure: DecoderStructure, prefix_length: int = 0) -> None:
         self._structure = structure
+        self.device = structure.device
         self.prefix = SharedPrefix(structure.n_layers, prefix_length) if prefix_length else None
         self._known: dict[tuple[int, int, bool], tuple[LayerCall, ...]] = {}
 
