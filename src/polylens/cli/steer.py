@@ -236,16 +236,14 @@ def _removals(
 
 
 def _combined(
-    subspaces: Subspaces, pushes: Sequence[Towards], removals: Sequence[Removal]
+    subspaces: Subspaces, pushes: Sequence[Action], removals: Sequence[Action]
 ) -> dict[str, Steering]:
     """Every push with every removal, by label."""
     if not pushes and not removals:
         raise UsageError("what to do must be said, by --towards, --remove or both")
     found = {}
-    for push, removal in itertools.product(pushes or [None], removals or [None]):
-        actions: list[Action] = [one for one in (push, removal) if one is not None]
-        label = ", ".join(map(_label, actions))
-        found[label] = Steering(subspaces, actions)
+    for actions in itertools.product(*(some for some in (pushes, removals) if some)):
+        found[", ".join(map(_label, actions))] = Steering(subspaces, actions)
     return found
 
 
