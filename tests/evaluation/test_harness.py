@@ -81,11 +81,11 @@ def test_one_trunk_pass_serves_all_candidates(
 ) -> None:
     delta = random_delta(llama)
     passes: list[int] = []
-    from polylens.evaluation import scoring
+    from polylens import states_cache
 
-    whole = scoring.collect_hidden_states
+    whole = states_cache.collect_hidden_states
     monkeypatch.setattr(
-        scoring, "collect_hidden_states", lambda *a, **k: passes.append(1) or whole(*a, **k)
+        states_cache, "collect_hidden_states", lambda *a, **k: passes.append(1) or whole(*a, **k)
     )
     strengths = [Candidate(delta, strength=k / 4) for k in range(5)]
     run_task(CrownsLM(llama, strengths), TaskSpec("choice", "en", False, LIKELIHOOD))
