@@ -18,7 +18,7 @@ from polylens.models.loading import LanguageModel
 
 N_CROWNS = 10
 N_LAYERS = 2
-N_EXAMPLES = 50
+N_EXAMPLES = 24
 LANGUAGE = "zh"
 TASKS = (f"xcopa_{LANGUAGE}", f"xcopa_{LANGUAGE}_letters")
 
