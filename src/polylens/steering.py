@@ -36,8 +36,8 @@ from polylens.subspaces import Subspaces
 Reference = Literal["mean", "origin"]
 
 # Upper layers are those from the first at which languages lie at least so far apart as this share
-# of the farthest. SmolLM2-135M: 19 to 28 of 30; tried on a few prompts, a push there brought answers
-# in the language, and one of the same length in layers 10 to 19 broke them.
+# of the farthest. SmolLM2-135M: 19 to 28 of 30; tried on a few prompts, a push there brought
+# answers in the language, and one of the same length in layers 10 to 19 broke them.
 _FAR_RATIO = 2 / 3
 
 # Layers tell languages apart when they do so nearly as well as the best layer does.
