@@ -352,7 +352,7 @@ class CrownDelta:
                     "the delta changes, but has not; apply the delta to the model it was trained on"
                 )
             where = structure.device
-            exact = weight.detach().to(where).float() + strength * change.to(where)
+            exact = torch.add(weight.detach().to(where).float(), change.to(where), alpha=strength)
             changed[name] = exact.to(dtype or structure.dtype)
         return changed
 

@@ -79,7 +79,7 @@ def test_chunks_of_the_head_do_not_change_bits(llama, monkeypatch, rows):
     llama.causal_lm.lm_head.register_forward_hook(lambda *call: shapes.add(call[2].shape[:-1]))
     monkeypatch.setattr(likelihood, "LOGIT_ROWS", rows)
     assert _scored(llama, prompts) == pytest.approx(expected, rel=1e-5)
-    assert shapes == {(1, rows)}  # one shape for all calls
+    assert max(shapes) <= (1, rows)
 
 
 def test_no_texts_have_no_bits(llama):
