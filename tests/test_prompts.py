@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from polylens.corpora import ParallelCorpus
 from polylens.errors import ConfigError, CorpusError
-from polylens.prompts import choose_format, require_usable
+from polylens.prompts import ParallelPrompts, choose_format, encode_parallel, require_usable
 from tiny import BOS_ID, tiny_tokenizer
 
 END = "<|im_start|>assistant\n"
@@ -56,6 +57,51 @@ def test_a_template_can_be_a_file(tmp_path: Path) -> None:
     file.write_text("[{{ messages[0]['content'] }}]{{ '\\n\\n' }}", encoding="utf-8")
     prompts = choose_format(tokenizer, str(file)).encode(tokenizer, ["hi"], 100)
     assert tokenizer.decode(prompts.ids[0]) == "[hi]\n\n"
+
+
+ROWS = [{"en": "one", "sw": "moja"}, {"en": "two", "sw": "mbili"}, {"en": "three"}]
+ANSWERS = {"sw": {"moja": "ndiyo kabisa"}}
+
+
+def answered(corpus: ParallelCorpus, max_answer_tokens: int | None) -> ParallelPrompts:
+    tokenizer = tiny_tokenizer()
+    return encode_parallel(
+        corpus, ("en", "sw"), choose_format(tokenizer), tokenizer, 100, max_answer_tokens
+    )
+
+
+def test_answers_follow_prompts_and_their_states_predict_them() -> None:
+    tokenizer = tiny_tokenizer()
+    corpus = ParallelCorpus("x", tuple(ROWS), answers=ANSWERS)
+    prompts = answered(corpus, 6)
+    alone = answered(corpus, None)
+    assert prompts.n_answer is not None
+    assert prompts.rows == alone.rows == ({"en": 0, "sw": 1}, {"en": 2, "sw": 3})
+    # Its own answer where there is one, the next row's text elsewhere, at most 6 tokens of it.
+    expected = ["two", "ndiyo ", "one", "moja"]
+    for ids, n_answer, prompt, answer in zip(
+        prompts.ids, prompts.n_answer, alone.ids, expected, strict=True
+    ):
+        assert n_answer == len(answer)  # a token a byte
+        assert ids[: len(prompt)] == prompt
+        assert len(ids) - n_answer == len(prompt) - 1  # from the prompt's last token on
+        assert tokenizer.decode(ids[len(prompt) :]) == answer[:-1]
+    assert prompts.without_answers() == alone
+
+
+def test_without_a_template_an_empty_line_parts_prompt_and_answer() -> None:
+    tokenizer = tiny_tokenizer(chat_template=False, bos=True)
+    prompts = encode_parallel(
+        ParallelCorpus("x", tuple(ROWS)), ("en", "sw"), choose_format(tokenizer), tokenizer, 100, 4
+    )
+    assert tokenizer.decode(prompts.ids[0][1:]) == "one\n\nt"
+
+
+def test_a_lone_row_without_an_answer_is_an_error() -> None:
+    with pytest.raises(CorpusError, match="en has one row and no answer; add rows or answers"):
+        answered(ParallelCorpus("x", (ROWS[0],)), 6)
+    both = {"en": {"one": "yes"}, "sw": {"moja": "ndiyo"}}
+    assert answered(ParallelCorpus("x", (ROWS[0],), answers=both), 6).n_answer == (3, 5)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from polylens import shortfall
 from polylens.config import TrainSettings
 from polylens.corpora import ParallelCorpus, starter_corpus
 from polylens.models.loading import LanguageModel
@@ -53,11 +54,24 @@ def test_the_shortfall_is_the_share_in_other_languages(
     assert answers[-1] == 8
 
 
+@pytest.mark.parametrize("position", ["last", "answer"])
 def test_auto_trains_as_the_strengths_it_finds(
-    llama: LanguageModel, rows: ParallelCorpus, answers: list[int]
+    llama: LanguageModel,
+    rows: ParallelCorpus,
+    answers: list[int],
+    position: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     subspaces = probe(llama, rows.to_corpus(), languages=LANGUAGES)
-    how: dict[str, Any] = {"epochs": 1, "max_tokens": 64}
+    how: dict[str, Any] = {"epochs": 1, "max_tokens": 64, "position": position}
+    asked: list[Any] = []
+    answer = shortfall.generate_answers
+
+    def noting(model: Any, prompts: Sequence[Any], **options: Any) -> list[str]:
+        asked.extend(prompts)
+        return answer(model, prompts, **options)
+
+    monkeypatch.setattr(shortfall, "generate_answers", noting)
     auto, fixed = train(
         llama,
         subspaces,
@@ -68,4 +82,8 @@ def test_auto_trains_as_the_strengths_it_finds(
         ],
     )
     assert auto.metadata["settings"]["strength"] == {"sw": 1.0, "zh": 1.0}
+    alone = encode_parallel(
+        rows, LANGUAGES, choose_format(llama.tokenizer, "auto"), llama.tokenizer, 64
+    )
+    assert asked == [alone.ids[row[k]] for k in ("sw", "zh") for row in alone.rows]
     assert all(torch.equal(change, fixed.changes[name]) for name, change in auto.changes.items())

@@ -49,7 +49,7 @@ def prompts() -> tuple[list[list[int]], tuple[dict[str, int], ...]]:
 
 
 def setting(
-    model: LanguageModel, layers: int = 2, prefix: Sequence[int] = ()
+    model: LanguageModel, layers: int = 2, prefix: Sequence[int] = (), *, answered: bool = False
 ) -> tuple[Subspaces, ParallelStates]:
     ids, rows = prompts()
     ids = [[*prefix, *one] for one in ids]
@@ -60,16 +60,18 @@ def setting(
         language: states.pooled[[row[language] for row in rows if language in row]]
         for language in LANGUAGES
     }
-    return probe_subspaces(by_language, central="en"), ParallelStates(states, rows, "en")
+    n_answer = tuple(1 + index % 3 for index in range(len(ids))) if answered else None
+    parallel = ParallelStates(states, rows, "en", n_answer)
+    return probe_subspaces(by_language, central="en"), parallel
 
 
 def train(model: LanguageModel, **settings: Any) -> TrainingResult:
     chosen = TrainSettings(**{**SETTINGS, **settings})
-    subspaces, parallel = setting(model)
+    subspaces, parallel = setting(model, answered=chosen.position == "answer")
     return train_crown(model.structure, subspaces, parallel, chosen, token_budget=24)
 
 
-@pytest.mark.parametrize("position", ["last", "mean", "all"])
+@pytest.mark.parametrize("position", ["last", "mean", "all", "answer"])
 def test_sharing_a_prefix_and_cutting_a_step_into_groups_change_nothing(
     tiny_model: LanguageModel, position: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,7 +79,7 @@ def test_sharing_a_prefix_and_cutting_a_step_into_groups_change_nothing(
     prefix = [7, 8, 9, 10, 11, 12]
 
     def result() -> TrainingResult:
-        subspaces, parallel = setting(tiny_model, prefix=prefix)
+        subspaces, parallel = setting(tiny_model, prefix=prefix, answered=position == "answer")
         assert parallel.states.prefix_length in (0, len(prefix))
         return train_crown(tiny_model.structure, subspaces, parallel, settings, token_budget=24)
 
@@ -174,6 +176,78 @@ def test_first_gradient_equals_that_of_the_whole_model(llama: LanguageModel) -> 
     assert result.log[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
+@pytest.mark.parametrize("position", ["last", "mean", "all", "answer"])
+def test_second_losses_equal_those_of_two_whole_models(llama: LanguageModel, position: str) -> None:
+    """After one step on all rows, by transformers' own forward, one prompt at a time."""
+    subspaces, parallel = setting(llama, answered=position == "answer")
+    ids, rows = prompts()
+    n_answer = parallel.n_answer or [1] * len(ids)
+
+    def trained(epochs: int) -> TrainingResult:
+        settings = TrainSettings(
+            **{**SETTINGS, "batch_size": N_ROWS, "epochs": epochs}, position=position, strength=2.0
+        )
+        return train_crown(llama.structure, subspaces, parallel, settings, token_budget=24)
+
+    @torch.no_grad()
+    def whole() -> list[torch.Tensor]:
+        return [
+            llama.causal_lm(torch.tensor([one]), output_hidden_states=True).hidden_states[-1][0]
+            for one in ids
+        ]
+
+    def read(states: list[torch.Tensor], index: int) -> torch.Tensor:
+        own = states[index]
+        if position == "mean":
+            return own.mean(0)[None]
+        # The prompt's last token is the first that predicts a token of the answer.
+        return own if position == "all" else own[len(own) - n_answer[index] :]
+
+    before = whole()
+    with CrownDelta(trained(1).changes, {"layers": (2, 3)}).applied(llama.structure):
+        now = whole()
+    logged = trained(2).log[1]
+    n_prompt = [len(one) - n + 1 for one, n in zip(ids, n_answer, strict=True)]
+    retain = [
+        (now[c][: n_prompt[c]].mean(0) - before[c][: n_prompt[c]].mean(0)).square().mean()
+        for c in (row["en"] for row in rows)
+    ]
+    assert logged["retain"] == pytest.approx(float(torch.stack(retain).mean()), rel=1e-3)
+    for language in ("sw", "zh"):
+        goal = 2 * subspaces.direction(language, N_LAYERS).float()
+        align, separate = [], []
+        for row in rows:
+            if language not in row:
+                continue
+            target, centre = read(now, row[language]), read(now, row["en"])
+            gap = subspaces.project_agnostic(target.mean(0) - centre.mean(0), N_LAYERS)
+            align.append(gap.square().mean())
+            moved = subspaces.project_specific(target - read(before, row[language]), N_LAYERS)
+            separate.append((moved - goal).square().mean(-1).mean())
+        for name, values in (("align", align), ("separate", separate)):
+            expected = float(torch.stack(values).mean())
+            assert logged[f"{name}.{language}"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_positions_agree_where_there_is_one_token(llama: LanguageModel) -> None:
+    ids, rows = prompts()
+    keep = Keep(boundary_layers=(2,), final=True)
+    states = collect_hidden_states(llama.structure, [one[-1:] for one in ids], keep)
+    subspaces, _ = setting(llama)
+
+    def log(position: str) -> list[dict[str, float]]:
+        n_answer = (1,) * len(ids) if position == "answer" else None
+        parallel = ParallelStates(states, rows, "en", n_answer)
+        settings = TrainSettings(**SETTINGS, position=position)
+        return train_crown(llama.structure, subspaces, parallel, settings, token_budget=24).log
+
+    last = log("last")
+    assert log("answer") == last
+    for position in ("mean", "all"):
+        for mine, theirs in zip(log(position), last, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
 def test_batches_do_not_change_the_result(llama: LanguageModel) -> None:
     subspaces, parallel = setting(llama)
     settings = TrainSettings(**SETTINGS)
@@ -196,12 +270,12 @@ def test_two_runs_agree_bit_for_bit_and_seeds_differ(llama: LanguageModel) -> No
     assert a.log == b.log != c.log
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 5])
+@pytest.mark.parametrize(("stop_after", "position"), [(1, "last"), (3, "answer"), (5, "last")])
 def test_a_killed_training_goes_on_to_the_same_bytes(
-    llama: LanguageModel, tmp_path: Path, stop_after: int
+    llama: LanguageModel, tmp_path: Path, stop_after: int, position: str
 ) -> None:
-    subspaces, parallel = setting(llama)
-    settings = TrainSettings(**SETTINGS)
+    subspaces, parallel = setting(llama, answered=position == "answer")
+    settings = TrainSettings(**SETTINGS, position=position)
     whole = train_crown(llama.structure, subspaces, parallel, settings, token_budget=24)
     checkpoint = tmp_path / "checkpoint.safetensors"
 
@@ -253,9 +327,10 @@ def test_a_checkpoint_of_another_training_is_refused(llama: LanguageModel, tmp_p
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("position", ["last", "answer"])
 @pytest.mark.parametrize("off", ["align_weight", "separate_weight", "retain_weight"])
-def test_each_weight_can_be_zero(llama: LanguageModel, off: str) -> None:
-    result = train(llama, **{off: 0.0})
+def test_each_weight_can_be_zero(llama: LanguageModel, off: str, position: str) -> None:
+    result = train(llama, **{off: 0.0}, position=position)
     name = off.removesuffix("_weight")
     assert not any(key.startswith(name) for entry in result.log for key in entry)
     assert all(torch.isfinite(change).all() for change in result.changes.values())
@@ -320,7 +395,7 @@ def test_a_low_rank_update_has_that_rank_and_learns(llama: LanguageModel) -> Non
         assert int(torch.linalg.matrix_rank(change, rtol=1e-4)) in (1, 2)
 
 
-@pytest.mark.parametrize("position", ["last", "mean", "all"])
+@pytest.mark.parametrize("position", ["last", "mean", "all", "answer"])
 @pytest.mark.parametrize("state", ["normed", "residual"])
 def test_every_position_and_state_trains(llama: LanguageModel, position: str, state: str) -> None:
     result = train(llama, position=position, state=state, epochs=4)

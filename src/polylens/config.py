@@ -93,8 +93,13 @@ class TrainSettings(CrownSettings):
     )
     rows: PositiveInt | None = Field(200, description="Use at most so many parallel rows.")
     max_tokens: PositiveInt = Field(128, description="Longest prompt; longer texts lose their end.")
-    position: Literal["last", "mean", "all"] = Field(
-        "last", description="States the losses read: last token, mean over tokens, or every token."
+    position: Literal["last", "mean", "all", "answer"] = Field(
+        "last",
+        description="States that are aligned and separated: the prompt's 'last' token, the 'mean' "
+        "over its tokens, 'all' of them, or those that predict the tokens of an 'answer'.",
+    )
+    max_answer_tokens: PositiveInt = Field(
+        16, description="Tokens of an answer that position 'answer' reads at most."
     )
     state: Literal["normed", "residual"] = Field(
         "normed",
@@ -127,6 +132,11 @@ class TrainSettings(CrownSettings):
         if isinstance(value, dict):
             return {normalize_language(language): strength for language, strength in value.items()}
         return value
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """Most tokens of an answer that follow a prompt; None where none follow."""
+        return self.max_answer_tokens if self.position == "answer" else None
 
     @model_validator(mode="after")
     def _some_loss(self) -> TrainSettings:
@@ -331,6 +341,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "max_tokens": 128,
             "layers": 2,
             "position": "last",
+            "max_answer_tokens": 16,
             "state": "normed",
             "strength": 1.0,
             "align_weight": 1.0,

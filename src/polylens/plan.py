@@ -132,7 +132,12 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
         probing_corpus, languages, prompt_format, tokenizer, config.probe.max_tokens
     )
     training = encode_parallel(
-        training_corpus, languages, prompt_format, tokenizer, config.train.max_tokens
+        training_corpus,
+        languages,
+        prompt_format,
+        tokenizer,
+        config.train.max_tokens,
+        config.train.answer_tokens,
     )
     heldout = Heldout(
         heldout_corpus,
@@ -178,6 +183,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
                 "rows": len(training.rows),
                 "missing": training_corpus.n_missing,
                 "truncated": training.n_truncated,
+                **({"answers": training_corpus.n_answers} if training.n_answer else {}),
             },
             "heldout": {
                 "name": heldout_corpus.name,

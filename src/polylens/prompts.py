@@ -7,6 +7,7 @@ last token, which the method reads, stays that of the generation prompt.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,15 @@ class PromptFormat:
         prompt = self.render(tokenizer, text)
         # White space after the end of turn is the next turn's, which no answer reaches.
         return whole[len(prompt) :].rstrip() if whole.startswith(prompt) else answer + end
+
+    def encode_answer(self, tokenizer: Any, answer: str, max_tokens: int) -> tuple[int, ...]:
+        """Tokenise the beginning of what follows a prompt, without an end of turn.
+
+        It is tokenised apart from the prompt, which keeps the tokens that it has in use. Without a
+        template an empty line parts the two.
+        """
+        text = f"\n\n{answer}" if self.template is None else answer
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"][:max_tokens])
 
     def encode(self, tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Prompts:
         """Tokenise `texts` as prompts of at most `max_tokens` tokens.
@@ -176,21 +186,33 @@ class ParallelPrompts:
     """Tokenised parallel rows.
 
     Attributes:
-        ids: token ids of every prompt, row by row.
+        ids: token ids of every prompt, row by row; with `n_answer`, of its answer too, but for the
+            last token, which predicts nothing of it.
         rows: for each usable row, language → index into `ids`.
         sources: for each usable row, its index in the corpus.
         n_truncated: prompts that lost their end.
+        n_answer: for each prompt, the tokens of its answer: so many of the last states predict
+            them, from the prompt's last one on. None where no answers follow.
     """
 
     ids: tuple[tuple[int, ...], ...]
     rows: tuple[Mapping[str, int], ...]
     sources: tuple[int, ...]
     n_truncated: int
+    n_answer: tuple[int, ...] | None = None
 
     @property
     def n_tokens(self) -> int:
         """All tokens."""
         return sum(map(len, self.ids))
+
+    def without_answers(self) -> ParallelPrompts:
+        """Return the prompts alone."""
+        if self.n_answer is None:
+            return self
+        pairs = zip(self.ids, self.n_answer, strict=True)
+        ids = tuple(one[: len(one) - n_answer + 1] for one, n_answer in pairs)
+        return dataclasses.replace(self, ids=ids, n_answer=None)
 
 
 def encode_texts(
@@ -221,6 +243,7 @@ def encode_parallel(
     prompt_format: PromptFormat,
     tokenizer: Any,
     max_tokens: int,
+    max_answer_tokens: int | None = None,
 ) -> ParallelPrompts:
     """Tokenise parallel rows; a row without the first language, or with no other, is left out.
 
@@ -230,9 +253,11 @@ def encode_parallel(
         prompt_format: how a text becomes a prompt.
         tokenizer: the model's.
         max_tokens: longest prompt.
+        max_answer_tokens: let an answer of at most so many tokens follow each prompt: the row's
+            own, or in its place the next row's text of the language. None lets none follow.
 
     Raises:
-        CorpusError: no row is left.
+        CorpusError: no row is left, or nothing can stand for an answer.
     """
     central = languages[0]
     ids: list[tuple[int, ...]] = []
@@ -255,4 +280,34 @@ def encode_parallel(
             f"language that fits in max_tokens with its template, but none does in {max_tokens} "
             "tokens; raise max_tokens or check the rows with `polylens data`"
         )
-    return ParallelPrompts(tuple(ids), tuple(rows), tuple(sources), n_truncated)
+    prompts = ParallelPrompts(tuple(ids), tuple(rows), tuple(sources), n_truncated)
+    if max_answer_tokens is None:
+        return prompts
+    return _with_answers(prompts, corpus, prompt_format, tokenizer, max_answer_tokens)
+
+
+def _with_answers(
+    prompts: ParallelPrompts,
+    corpus: ParallelCorpus,
+    prompt_format: PromptFormat,
+    tokenizer: Any,
+    max_tokens: int,
+) -> ParallelPrompts:
+    """Let answers follow the prompts; see `encode_parallel`."""
+    ids, n_answer = list(prompts.ids), [1] * len(prompts.ids)
+    for language in dict.fromkeys(k for row in prompts.rows for k in row):
+        numbers = [number for number, row in enumerate(prompts.rows) if language in row]
+        texts = [corpus.rows[prompts.sources[number]][language] for number in numbers]
+        following = (*texts[1:], texts[0] if len(texts) > 1 else None)
+        for number, text, other in zip(numbers, texts, following, strict=True):
+            answer = corpus.answer(language, text) or other
+            if answer is None:
+                raise CorpusError(
+                    f"prompts of {corpus.name} must have answers, or other rows whose texts stand "
+                    f"for them, but {language} has one row and no answer; add rows or answers"
+                )
+            tokens = prompt_format.encode_answer(tokenizer, answer, max_tokens)
+            index = prompts.rows[number][language]
+            ids[index] = (*ids[index], *tokens[:-1])
+            n_answer[index] = max(1, len(tokens))
+    return dataclasses.replace(prompts, ids=tuple(ids), n_answer=tuple(n_answer))

@@ -181,7 +181,8 @@ def train(
         corpus: parallel rows.
         languages: target languages; None takes those of the subspaces.
         settings: see `TrainSettings`; `corpus` and `rows` are not read here. A list trains one
-            crown for each, from one trunk pass; all must have the same `max_tokens`.
+            crown for each, from one trunk pass, or two where some read answers and some do not;
+            all must have the same `max_tokens` and `max_answer_tokens`.
         template: "auto", "chat", "plain" or a Jinja file.
         seed: order of the rows.
         token_budget: padded tokens of a batch; None takes what is fastest on this machine.
@@ -193,25 +194,13 @@ def train(
         The change of the weights; for a list of settings, a list.
 
     Raises:
-        ConfigError: the settings of a list differ in `max_tokens`.
+        ConfigError: the settings of a list differ in `max_tokens` or `max_answer_tokens`.
         CorpusError: no usable row.
         TrainingError: the loss is not finite or runs away.
     """
     several = settings if isinstance(settings, Sequence) else [settings or TrainSettings()]
-    if len({one.max_tokens for one in several}) != 1:
-        given = ", ".join(str(one.max_tokens) for one in several)
-        raise ConfigError(
-            "settings that share a trunk pass must have one max_tokens, got "
-            f"{given or 'no settings'}; train the others apart"
-        )
     targets = languages or [k for k in subspaces.languages if k != subspaces.central]
-    prompts = encode_parallel(
-        corpus,
-        (subspaces.central, *targets),
-        choose_format(model.tokenizer, template),
-        model.tokenizer,
-        several[0].max_tokens,
-    )
+    prompts = encode_shared(model, corpus, (subspaces.central, *targets), several, template)
     deltas = list(
         train_prompts(
             model,
@@ -227,6 +216,37 @@ def train(
         )
     )
     return deltas if isinstance(settings, Sequence) else deltas[0]
+
+
+def encode_shared(
+    model: LanguageModel,
+    corpus: ParallelCorpus,
+    languages: Sequence[str],
+    settings: Sequence[TrainSettings],
+    template: str,
+) -> ParallelPrompts:
+    """Tokenise parallel rows for all of some settings; answers follow where one reads them.
+
+    Raises:
+        ConfigError: the settings differ in `max_tokens` or `max_answer_tokens`.
+        CorpusError: no usable row.
+    """
+    for name in ("max_tokens", "max_answer_tokens"):
+        given = [getattr(one, name) for one in settings]
+        if len(set(given)) != 1:
+            raise ConfigError(
+                f"settings that share a trunk pass must have one {name}, got "
+                f"{', '.join(map(str, given)) or 'no settings'}; train the others apart"
+            )
+    answers = (one.answer_tokens for one in settings if one.answer_tokens is not None)
+    return encode_parallel(
+        corpus,
+        languages,
+        choose_format(model.tokenizer, template),
+        model.tokenizer,
+        settings[0].max_tokens,
+        next(answers, None),
+    )
 
 
 def train_prompts(
@@ -253,31 +273,35 @@ def train_prompts(
     assert len(settings) == 1 or checkpoint is None
     structure = model.structure
     layers = [trained_layers(one, structure.n_layers) for one in settings]
-    states = states_of_prompts(
-        model,
-        prompts,
-        boundaries or boundaries_of(settings, structure.n_layers),
-        token_budget=token_budget,
-        scratch=scratch,
-        collect=collect,
-        progress=progress,
-    )
-    parallel = ParallelStates(states, prompts.rows, subspaces.central)
+    kept: dict[bool, ParallelStates] = {}
     trained = {language for row in prompts.rows for language in row}
     languages = [k for k in subspaces.languages if k != subspaces.central and k in trained]
     strengths: dict[str, float] = {}
     if any(one.strength == "auto" for one in settings):
         shortfall = measure_shortfall(
-            model, prompts, subspaces.central, languages, progress=progress
+            model, prompts.without_answers(), subspaces.central, languages, progress=progress
         )
         strengths = strengths_of(shortfall)
     for one, own_layers in zip(settings, layers, strict=True):
         if one.strength == "auto":
             one = one.model_copy(update={"strength": strengths})
+        own = read_by(one, prompts)
+        answered = own.n_answer is not None
+        if answered not in kept:
+            states = states_of_prompts(
+                model,
+                own,
+                boundaries or boundaries_of(settings, structure.n_layers),
+                token_budget=token_budget,
+                scratch=scratch,
+                collect=collect,
+                progress=progress,
+            )
+            kept[answered] = ParallelStates(states, own.rows, subspaces.central, own.n_answer)
         result = train_crown(
             structure,
             subspaces,
-            parallel,
+            kept[answered],
             one,
             seed=seed,
             token_budget=token_budget,
@@ -298,6 +322,11 @@ def train_prompts(
             "versions": versions(),
         }
         yield CrownDelta(result.changes, metadata)
+
+
+def read_by(settings: TrainSettings, prompts: ParallelPrompts) -> ParallelPrompts:
+    """Return prompts as some settings read them, with the answers that follow or without."""
+    return prompts.without_answers() if settings.answer_tokens is None else prompts
 
 
 def boundaries_of(settings: Sequence[TrainSettings], n_layers: int) -> tuple[int, ...]:

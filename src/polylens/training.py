@@ -42,11 +42,13 @@ class ParallelStates:
         rows: for each parallel row, language → index of its prompt in `states`. A row has the
             central language and at least one target; other languages may be missing.
         central: the central language.
+        n_answer: as `ParallelPrompts` has it; for `position` "answer", and for no other.
     """
 
     states: HiddenStates
     rows: tuple[Mapping[str, int], ...]
     central: str
+    n_answer: tuple[int, ...] | None = None
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -148,7 +150,11 @@ def train_crown(
             objective,
             len(parallel.rows),
             settings,
-            identity=[[dict(row) for row in parallel.rows], parallel.states.lengths.tolist()],
+            identity=[
+                [dict(row) for row in parallel.rows],
+                parallel.states.lengths.tolist(),
+                parallel.n_answer,
+            ],
             seed=seed,
             scratch=scratch,
             roomy=structure.streaming is None,
@@ -182,7 +188,14 @@ class _Objective:
             sum(offsets[index + 1] - offsets[index] for index in row.values())
             for row in parallel.rows
         ]
-        self._only_last = [1] * len(parallel.states.lengths)
+        assert (parallel.n_answer is not None) == (settings.position == "answer")
+        n_answer = parallel.n_answer or [1] * len(parallel.states.lengths)
+        self._n_prompt = [
+            length - n + 1
+            for length, n in zip(parallel.states.lengths.tolist(), n_answer, strict=True)
+        ]
+        # How many of a prompt's last tokens align and separate read; None: all, or their mean.
+        self._n_read = n_answer if settings.position in ("last", "answer") else None
         self._calls = Calls(structure, parallel.states.prefix_length)
         self._device = structure.device
         self._align = AlignLoss(subspaces, layer)
@@ -241,31 +254,30 @@ class _Objective:
         result: dict[str, Tensor] = {}
         if settings.retain_weight > 0:
             prompts = [row[central] for row in of_row]
+            own = self._n_prompt  # an answer is not retained
             if settings.retain == "states":
-                before = [self._reference(prompt).mean(0) for prompt in prompts]
-                means = torch.stack([now[prompt].mean(0) for prompt in prompts])
+                before = [self._reference(prompt)[: own[prompt]].mean(0) for prompt in prompts]
+                means = torch.stack([now[prompt][: own[prompt]].mean(0) for prompt in prompts])
                 result["retain"] = self._retain(means, torch.stack(before))
             else:
                 result["retain"] = torch.stack(
-                    [self._divergence(now[prompt], prompt) for prompt in prompts]
+                    [self._divergence(now[prompt][: own[prompt]], prompt) for prompt in prompts]
                 )
         for language in self._parallel.targets:
             present = [row for row in of_row if language in row]
             if not present:
                 continue
-            targets = [self._pooled(now[row[language]]) for row in present]
-            lengths = [len(states) for states in targets]
+            indices = [row[language] for row in present]
+            targets = [self._read(now[index], index) for index in indices]
             if settings.align_weight > 0:
-                goal = [
-                    self._central_goal(now[row[central]]).expand(length, -1)
-                    for row, length in zip(present, lengths, strict=True)
-                ]
-                values = self._align(torch.cat(targets), torch.cat(goal))
-                result[f"align.{language}"] = _mean_of_each(values, lengths)
+                # Tokens of parallel rows do not correspond, so their means are compared.
+                goals = [self._read(now[row[central]], row[central]).mean(0) for row in present]
+                means = torch.stack([states.mean(0) for states in targets])
+                result[f"align.{language}"] = self._align(means, torch.stack(goals))
             if settings.separate_weight > 0:
-                before = [self._pooled(self._reference(row[language])) for row in present]
+                before = [self._read(self._reference(index), index) for index in indices]
                 values = self._separate[language](torch.cat(targets), torch.cat(before))
-                result[f"separate.{language}"] = _mean_of_each(values, lengths)
+                result[f"separate.{language}"] = _mean_of_each(values, [*map(len, targets)])
         return result
 
     def _divergence(self, now: Tensor, prompt: int) -> Tensor:
@@ -275,11 +287,11 @@ class _Objective:
         gradient rather than kept: a vocabulary is a hundred times as wide as the states.
 
         Args:
-            now: (n_tokens, hidden_size), states in training, as `_final` left them.
+            now: (n_tokens, hidden_size), its states in training, as `_final` left them.
             prompt: which one.
         """
         prefix_length = self._parallel.states.prefix_length
-        states = (now, self._reference(prompt))
+        states = (now, self._reference(prompt)[: len(now)])
         own = [each[prefix_length:] for each in states]
         if self._settings.state == "residual":
             own = [self._crown.final_norm(each) for each in own]
@@ -297,7 +309,7 @@ class _Objective:
     def _states(self, rows: Sequence[Mapping[str, int]]) -> dict[int, Tensor]:
         """Run the crown; return each prompt's states, (n_tokens, hidden_size).
 
-        Where the losses read the last token alone, that is the only one returned.
+        Where the losses read the last tokens alone, those are the only ones returned.
         """
         settings, central = self._settings, self._parallel.central
         whole: list[int] = []
@@ -307,11 +319,11 @@ class _Objective:
                 if language == central and settings.retain_weight > 0:
                     whole.append(index)
                 elif language != central or settings.align_weight > 0:
-                    (last if settings.position == "last" else whole).append(index)
+                    (whole if self._n_read is None else last).append(index)
         states = self._parallel.states
         prefix = self._crown.run_prefix(self._calls, states)
         result: dict[int, Tensor] = {}
-        for prompts, n_last in ((whole, None), (last, self._only_last)):
+        for prompts, n_last in ((whole, None), (last, self._n_read)):
             for chosen, output, lengths in self._crown.run_kept(
                 self._calls,
                 states,
@@ -339,17 +351,11 @@ class _Objective:
         assert states.final is not None
         return self._final(states.tokens(states.final, prompt).to(self._device).float())
 
-    def _pooled(self, states: Tensor) -> Tensor:
-        """Reduce a prompt's states to what the losses compare; "all" keeps every token."""
-        if self._settings.position == "last":
-            return states[-1:]
+    def _read(self, states: Tensor, prompt: int) -> Tensor:
+        """Return what align and separate read of a prompt's states, (n_read, hidden_size)."""
+        if self._n_read is not None:
+            return states[-self._n_read[prompt] :]
         return states.mean(0, keepdim=True) if self._settings.position == "mean" else states
-
-    def _central_goal(self, central: Tensor) -> Tensor:
-        """What a target prompt is aligned with: one state, (1, hidden_size)."""
-        if self._settings.position == "last":
-            return central[-1:]
-        return central.mean(0, keepdim=True)
 
 
 def _mean_of_each(values: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -21,9 +21,11 @@ from polylens.errors import CorruptFileError, DistributedError, MissingExtraErro
 from polylens.execution import open_model
 from polylens.models.loading import load_model
 from polylens.progress import Progress, silent
-from polylens.prompts import ParallelPrompts, choose_format, encode_parallel
+from polylens.prompts import ParallelPrompts
 from polylens.steps import (
     boundaries_of,
+    encode_shared,
+    read_by,
     states_of_prompts,
     train_prompts,
 )
@@ -51,7 +53,8 @@ def train_on_workers(
         model: folder, registry name or Hub id, which every worker can open.
         subspaces: of this model.
         corpus: parallel rows.
-        settings: of the candidates; all must have the same `max_tokens`.
+        settings: of the candidates; all must have the same `max_tokens` and
+            `max_answer_tokens`.
         out: folder for the deltas, candidate-000.safetensors and so on; shared by all workers.
         n_workers: candidates in training at a time.
         address: of a Ray cluster, e.g. "auto"; None starts Ray on this machine.
@@ -142,18 +145,20 @@ def _prepare(
     """Make the trunk pass, and return what the workers need to find its states."""
     opened, execution = open_model(model, runtime, train=settings)
     languages = [k for k in subspaces.languages if k != subspaces.central]
-    prompts = encode_parallel(
-        corpus,
-        (subspaces.central, *languages),
-        choose_format(opened.tokenizer, template),
-        opened.tokenizer,
-        settings[0].max_tokens,
-    )
+    prompts = encode_shared(opened, corpus, (subspaces.central, *languages), settings, template)
     budget = runtime.token_budget or best_token_budget(
         opened.structure, prompts.n_tokens, execution.scratch().batch_bytes
     )
     boundaries = boundaries_of(settings, opened.structure.n_layers)
-    states_of_prompts(opened, prompts, boundaries, token_budget=budget, scratch=execution.scratch())
+    # One pass for those that read answers, one for those that do not.
+    for one in {one.answer_tokens is None: one for one in settings}.values():
+        states_of_prompts(
+            opened,
+            read_by(one, prompts),
+            boundaries,
+            token_budget=budget,
+            scratch=execution.scratch(),
+        )
     return {
         "model": model,
         "dtype": execution.dtype,

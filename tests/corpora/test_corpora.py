@@ -167,6 +167,27 @@ def test_answers_and_names_of_rows_are_not_taken_for_prompts(
     assert len(row) == 2
 
 
+def test_answers_stay_with_their_rows(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    rows: list[dict[str, object]] = [{"en": a, "sw": b} for a, b in zip(EN, SW, strict=True)]
+    path.write_text(jsonl(rows))
+    bare = read_parallel(path, ["en", "sw"])
+    assert bare.n_answers == {"en": 0, "sw": 0}
+    rows[1] |= {"answer_en": "Sleep well", "answer_sw": " Lala salama "}
+    path.write_text(jsonl(rows))
+    corpus = read_parallel(path, ["en", "sw"])
+    assert corpus.rows == bare.rows
+    assert corpus.n_answers == {"en": 1, "sw": 1}
+    assert corpus.answer("sw", SW[1]) == "Lala salama"
+    assert corpus.answer("sw", SW[0]) is corpus.answer("zh", SW[1]) is None
+    for part in (*corpus.split(1), corpus.limit(1)):
+        (row,) = part.rows
+        assert (part.answer("en", row["en"]) is None) == (row["en"] == EN[0])
+        without = ParallelCorpus("x", part.rows)
+        assert (part.fingerprint == without.fingerprint) == (row["en"] == EN[0])
+    assert corpus.fingerprint != bare.fingerprint
+
+
 def test_encodings(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl([{"en": "a", "sw": "b"}]).encode())
     assert read_parallel(tmp_path / "x.jsonl").rows[0]["en"] == "a"

@@ -21,7 +21,7 @@ from polylens.errors import CorpusError, RunError, UsageError
 from polylens.plan import make_plan
 from polylens.run import enhance
 from polylens.search import SearchFolder, SearchResult, read_space, search
-from polylens.search.split import split_rows
+from polylens.search.split import split_rows, write_split
 
 # Learning rates of which one changes next to nothing, and the others do harm: the start most.
 VARY: dict[str, Any] = {
@@ -104,6 +104,19 @@ def test_no_text_is_in_two_parts(finished: SearchResult) -> None:
     assert not development & report
     heldout = starter_corpus().select(("en", "sw")).split(4)[1]
     assert report == {text for row in heldout.rows for text in row.values()}
+
+
+def test_answers_are_kept_with_the_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"en": f"text {n}", "sw": f"maandishi {n}", "answer_sw": f"{n}"} for n in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_config(None, {"languages": "sw", "train.corpus": str(path), "evaluate.rows": 6})
+    split = split_rows(config, 6)
+    assert split.training.n_answers == {"en": 0, "sw": 18}
+    write_split(split, tmp_path)
+    for name in ("training", "development", "report"):
+        kept = read_parallel(tmp_path / f"{name}.jsonl", ["en", "sw"])
+        assert kept.fingerprint == getattr(split, name).fingerprint
 
 
 def test_rows_that_repeat_a_text_are_in_one_part(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ TRIED: tuple[dict[str, Any], ...] = (
     {"train.layers": 1, "train.learning_rate": 1e-3},
     {"train.layers": 3, "train.position": "mean", "probe.agnostic": "complement"},
     {"train.layers": 1, "probe.pooling": "mean"},
+    {"train.layers": 1, "train.position": "answer"},
 )
 
 
@@ -110,8 +111,8 @@ def test_trials_from_kept_states_are_those_from_scratch_to_the_bit(config: RunCo
         assert {f"replies_{k}" for k in ("en", "sw")} <= by_name.keys()
         for run in expected_runs:
             assert by_name[run.task.name] == run
-    # Training prompts, texts and replies once; probing prompts once a pooling.
-    assert len(collect.calls) == 5
+    # Training prompts, these with answers, texts and replies once; probing prompts once a pooling.
+    assert len(collect.calls) == 6
     assert all(keep.boundary_layers in ((), (1, 3)) for keep in collect.calls)
 
 

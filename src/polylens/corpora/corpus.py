@@ -6,11 +6,12 @@ them.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from polylens.errors import CorpusError
@@ -81,11 +82,13 @@ class ParallelCorpus:
         name: for reports.
         rows: each maps BCP 47 codes to texts; a language may be missing in some rows.
         n_heldout: the last so many rows are kept apart for evaluation by the corpus itself.
+        answers: BCP 47 code → text → its answer, where the corpus has one.
     """
 
     name: str
     rows: tuple[Mapping[str, str], ...]
     n_heldout: int = 0
+    answers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @classmethod
     def make(
@@ -124,9 +127,23 @@ class ParallelCorpus:
         return {k: sum(k not in row for row in self.rows) for k in self.languages}
 
     @property
+    def n_answers(self) -> dict[str, int]:
+        """For each language, the rows that have an answer in it."""
+        return {
+            k: sum(k in row and self.answer(k, row[k]) is not None for row in self.rows)
+            for k in self.languages
+        }
+
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 of the rows."""
-        return _sha256(self.rows)
+        """SHA-256 of the rows, and of their answers where there are any."""
+        answers = [{k: self.answer(k, text) for k, text in row.items()} for row in self.rows]
+        has_some = any(answer for row in answers for answer in row.values())
+        return _sha256([self.rows, answers] if has_some else self.rows)
+
+    def answer(self, language: str, text: str) -> str | None:
+        """Return the answer to a text, or None."""
+        return self.answers.get(language, {}).get(text)
 
     def select(self, languages: Sequence[str]) -> ParallelCorpus:
         """Keep the texts of some languages, and the rows with the first one and at least one other.
@@ -153,7 +170,7 @@ class ParallelCorpus:
             if central in kept and len(kept) > 1:
                 rows.append(kept)
                 n_heldout += index >= first_heldout
-        return ParallelCorpus(self.name, tuple(rows), n_heldout)
+        return dataclasses.replace(self, rows=tuple(rows), n_heldout=n_heldout)
 
     def split(self, n_heldout: int, seed: int = 0) -> tuple[ParallelCorpus, ParallelCorpus]:
         """Set rows apart for evaluation.
@@ -181,11 +198,13 @@ class ParallelCorpus:
             chosen = set(order[:n_heldout])
             train = tuple(row for i, row in enumerate(self.rows) if i not in chosen)
             heldout = tuple(row for i, row in enumerate(self.rows) if i in chosen)
-        return ParallelCorpus(self.name, train), ParallelCorpus(self.name, heldout)
+        whole = dataclasses.replace(self, n_heldout=0)
+        return dataclasses.replace(whole, rows=train), dataclasses.replace(whole, rows=heldout)
 
     def limit(self, n_rows: int | None, seed: int = 0) -> ParallelCorpus:
         """Keep at most `n_rows` rows, chosen by `seed`, in their order."""
-        return ParallelCorpus(self.name, tuple(sample(self.rows, n_rows, seed)))
+        chosen = tuple(sample(self.rows, n_rows, seed))
+        return dataclasses.replace(self, rows=chosen, n_heldout=0)
 
     def to_corpus(self) -> Corpus:
         """Return the texts of each language, no longer parallel."""

@@ -18,6 +18,7 @@ Surrounding white space is dropped from every text; nothing else is changed.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def read_texts(spec: str | Path, languages: Sequence[str] | None = None) -> Corp
 
 
 def read_parallel(spec: str | Path, languages: Sequence[str] | None = None) -> ParallelCorpus:
-    """Read parallel rows, for training and evaluation.
+    """Read parallel rows, with answers where there are any, for training and evaluation.
 
     Args:
         spec: as `read_texts`.
@@ -91,6 +92,8 @@ def read_parallel(spec: str | Path, languages: Sequence[str] | None = None) -> P
         else:
             ((stem, rows),) = files.items()
             corpus = ParallelCorpus.make(corpus_name(spec), _parallel_rows(rows, stem, str(spec)))
+        answers = {k: dict(pairs) for k, pairs in _pairs(files, spec).items()}
+        corpus = dataclasses.replace(corpus, answers=answers)
     return corpus if languages is None else corpus.select(languages)
 
 
@@ -108,11 +111,19 @@ def read_answered(spec: str | Path) -> AnsweredCorpus:
     """
     if str(spec) == STARTER:  # prompts alone
         return AnsweredCorpus.make(STARTER, {})
+    return AnsweredCorpus.make(corpus_name(spec), _pairs(read_rows(spec), spec))
+
+
+def _pairs(
+    files: Mapping[str, Sequence[Row]], spec: str | Path
+) -> dict[str, list[tuple[str, str]]]:
+    """Return language → (prompt, answer), neither of them blank."""
     pairs: dict[str, list[tuple[str, str]]] = {}
-    for stem, rows in read_rows(spec).items():
+    for stem, rows in files.items():
         for language, prompt, answer in _answered(rows, stem, str(spec)):
-            pairs.setdefault(language, []).append((prompt, answer))
-    return AnsweredCorpus.make(corpus_name(spec), pairs)
+            if prompt and answer:
+                pairs.setdefault(language, []).append((prompt, answer))
+    return pairs
 
 
 def _answered(rows: Sequence[Row], stem: str, where: str) -> Iterator[tuple[str, str, str]]:

@@ -7,6 +7,7 @@ search on are drawn from the others, and what is left trains. All three are kept
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,7 @@ def split_rows(config: RunConfig, n_development: int) -> Split:
     """
     pool, report = choose_rows(changed(config, {"train.rows": None}))
     seen = _texts(report)
-    pool = ParallelCorpus(
-        pool.name, tuple(row for row in pool.rows if seen.isdisjoint(row.values()))
-    )
+    pool = _without(pool, seen)
     if len(pool.rows) < n_development + 2:
         raise CorpusError(
             f"a search needs {n_development} rows to compare trials on and some to train on, but "
@@ -55,10 +54,7 @@ def split_rows(config: RunConfig, n_development: int) -> Split:
             "lower --development-rows"
         )
     training, development = pool.split(n_development, config.seed)
-    seen = _texts(training)
-    development = ParallelCorpus(
-        pool.name, tuple(row for row in development.rows if seen.isdisjoint(row.values()))
-    )
+    development = _without(development, _texts(training))
     for part, what in ((training, "training"), (development, "development"), (report, "report")):
         for language in config.all_languages:
             if not any(language in row for row in part.rows):
@@ -73,10 +69,21 @@ def _texts(corpus: ParallelCorpus) -> set[str]:
     return {text for row in corpus.rows for text in row.values()}
 
 
+def _without(corpus: ParallelCorpus, seen: set[str]) -> ParallelCorpus:
+    """Leave out the rows with a text that another part has."""
+    rows = tuple(row for row in corpus.rows if seen.isdisjoint(row.values()))
+    return dataclasses.replace(corpus, rows=rows)
+
+
 def write_split(split: Split, folder: Path) -> None:
-    """Write the rows as JSONL, one file a part."""
+    """Write the rows, and their answers, as JSONL, one file a part."""
     for name in ("training", "development", "report"):
-        lines = [json.dumps(row, ensure_ascii=False) for row in getattr(split, name).rows]
+        corpus: ParallelCorpus = getattr(split, name)
+        lines = []
+        for row in corpus.rows:
+            answers = {f"answer_{k}": corpus.answer(k, text) for k, text in row.items()}
+            answered = {**row, **{k: answer for k, answer in answers.items() if answer}}
+            lines.append(json.dumps(answered, ensure_ascii=False))
         write_text(folder / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
 
 
