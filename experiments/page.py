@@ -1,0 +1,194 @@
+"""Write docs/results.md from the values that experiments/run.py kept.
+
+    python experiments/page.py
+
+`<!-- NAME -->` and `<!-- end -->` in the page enclose what this script writes; the words around are
+ours. A row of the corpus is the unit of every interval: its languages and seeds are averaged first,
+so that a row's translations do not count as independent examples.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from design import CENTRAL, LANGUAGES
+from polylens.artefacts import read_json
+from polylens.evaluation.statistics import PairedDifference, compare_paired
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "results.md"
+NAMES = {
+    "smollm2-135m-instruct": "SmolLM2-135M-Instruct",
+    "gemma3-270m": "Gemma-3-270M",
+    "qwen2.5-coder-1.5b-instruct": "Qwen2.5-Coder-1.5B-Instruct",
+}
+MAIN = ("paper", "default", "sft", "sft-replay", "sft-lora", "pretraining")
+
+
+@dataclass(frozen=True)
+class Side:
+    """What was measured of one setting, seed by seed; of the untouched model there is one."""
+
+    contents: tuple[Mapping[str, Any], ...]
+
+    @cached_property
+    def tasks(self) -> list[dict[str, Mapping[str, Any]]]:
+        """For each seed: task → its values."""
+        return [
+            {task["task"]: task for part in content["parts"].values() for task in part}
+            for content in self.contents
+        ]
+
+    def rows(self, names: Sequence[str]) -> np.ndarray | None:
+        """Mean over tasks and seeds of each row's value; None where one was not measured."""
+        seeds = [seed for seed in self.tasks if all(name in seed for name in names)]
+        if not seeds or not names:
+            return None
+        return np.mean([[seed[name]["values"] for name in names] for seed in seeds], axis=(0, 1))
+
+    def of_seeds(self, names: Sequence[str]) -> list[float]:
+        """The mean of each seed."""
+        return [
+            float(np.mean([seed[name]["values"] for name in names]))
+            for seed in self.tasks
+            if all(name in seed for name in names)
+        ]
+
+
+def read(model: str, split: str) -> dict[str, Side]:
+    """Return setting → what was measured."""
+    found: dict[str, list[tuple[int, Any]]] = {}
+    for path in sorted((HERE / "results" / model / split).glob("*.json")):
+        name, _, seed = path.stem.rpartition("-")
+        if path.stem == "base":
+            name, seed = "base", "0"
+        found.setdefault(name, []).append((int(seed), read_json(path)))
+    return {
+        name: Side(tuple(content for _, content in sorted(seeds, key=lambda one: one[0])))
+        for name, seeds in found.items()
+    }
+
+
+def compare(base: Side, side: Side, names: Sequence[str]) -> PairedDifference | None:
+    """Compare rows; of texts and replies in percent of the base's mean."""
+    before, after = base.rows(names), side.rows(names)
+    if before is None or after is None:
+        return None
+    scale = 100.0 / float(before.mean()) if "bits" in _metric(base, names) else 1.0
+    return compare_paired(list(before * scale), list(after * scale))
+
+
+def _metric(side: Side, names: Sequence[str]) -> str:
+    return str(side.tasks[0][names[0]]["metric"])
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of the tables."""
+
+    title: str
+    prefix: str
+    suffix: str = ""
+    percent: bool = True
+
+    def of(self, languages: Sequence[str], side: Side) -> list[str]:
+        """Names of the tasks in these languages that there are."""
+        wanted = [f"{self.prefix}_{k}{self.suffix}" for k in languages]
+        return [name for name in wanted if any(name in seed for seed in side.tasks)]
+
+    def cell(self, base: Side, side: Side, languages: Sequence[str]) -> str:
+        """The difference with its interval; of the base, the figure."""
+        names = self.of(languages, base)
+        if not names:
+            return ""
+        if side is base:
+            rows = base.rows(names)
+            assert rows is not None
+            return f"{rows.mean():.3f}" if self.percent else f"{rows.mean():.0f}"
+        found = compare(base, side, names)
+        if found is None:
+            return ""
+        factor, digits = self._unit(base, names)
+        low, high = found.low * factor, found.high * factor
+        text = f"{found.difference * factor:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+        return f"**{text}**" if low > 0 or high < 0 else text
+
+    def _unit(self, base: Side, names: Sequence[str]) -> tuple[float, int]:
+        if "bits" in _metric(base, names):
+            return 1.0, 2  # percent already
+        return (100.0, 1) if self.percent else (1.0, 0)
+
+
+REPLIES = Column("replies, %", "replies")
+TEXTS = Column("texts, %", "bits_per_byte")
+FIDELITY = Column("in language, points", "fidelity")
+REPEATING = Column("repeating, points", "repeating")
+LENGTH = Column("length, characters", "length", percent=False)
+LETTERS = Column("XCOPA letters, points", "xcopa", "_letters")
+CONTINUATION = Column("XCOPA continuation, points", "xcopa")
+COLUMNS = (REPLIES, TEXTS, FIDELITY, REPEATING, LENGTH, LETTERS, CONTINUATION)
+
+
+def table(sides: Mapping[str, Side], chosen: Sequence[str], languages: Sequence[str]) -> str:
+    """One row a setting, one column a figure that was measured."""
+    base = sides["base"]
+    columns = [one for one in COLUMNS if one.of(languages, base)]
+    head = ["setting", "seeds", *(one.title for one in columns)]
+    lines = [f"| {' | '.join(head)} |", f"|{'-|' * len(head)}"]
+    for name in ("base", *chosen):
+        if name not in sides:
+            continue
+        side = sides[name]
+        cells = [one.cell(base, side, languages) for one in columns]
+        seeds = "" if name == "base" else str(len(side.contents))
+        lines.append(f"| {' | '.join([name, seeds, *cells])} |")
+    return "\n".join(lines)
+
+
+def seed_spread(sides: Mapping[str, Side], chosen: Sequence[str]) -> str:
+    """How far seeds lie apart, beside how far the setting lies from the base."""
+    base = sides["base"]
+    lines = ["| setting | replies of each seed, % |", "|-|-|"]
+    names = REPLIES.of(LANGUAGES, base)
+    (before,) = base.of_seeds(names)
+    for name in chosen:
+        if name in sides and len(sides[name].contents) > 1:
+            each = [100 * (one / before - 1) for one in sides[name].of_seeds(names)]
+            lines.append(f"| {name} | {', '.join(f'{one:+.2f}' for one in each)} |")
+    return "\n".join(lines)
+
+
+def blocks() -> dict[str, str]:
+    """Everything that the page takes from the files."""
+    found = {}
+    for model in NAMES:
+        for split in ("report", "development"):
+            sides = read(model, split)
+            if "base" not in sides:
+                continue
+            chosen = MAIN if split == "report" else [name for name in sides if name != "base"]
+            found[f"{model} {split} targets"] = table(sides, chosen, LANGUAGES)
+            found[f"{model} {split} central"] = table(sides, chosen, (CENTRAL,))
+            if split == "report":
+                found[f"{model} seeds"] = seed_spread(sides, chosen)
+    return found
+
+
+def main() -> None:
+    """Fill the page."""
+    page = PAGE.read_text(encoding="utf-8")
+    for name, text in blocks().items():
+        marked = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        page = marked.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

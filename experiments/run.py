@@ -1,0 +1,260 @@
+"""Train and measure named settings, and keep every example's value.
+
+    python experiments/run.py MODEL SETTING [SETTING …] [--seeds 0,1,2] [--split report]
+        [--parts texts,replies,answers,xcopa,xcopa_letters] [--limit N]
+
+One trunk pass serves all settings of a seed wherever likelihoods are asked for. Each finished part
+is kept, in experiments/results/MODEL/SPLIT/, so that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import polylens
+from design import (
+    BENCHMARK_LANGUAGES,
+    CENTRAL,
+    LANGUAGES,
+    MAX_NEW_TOKENS,
+    SETTINGS,
+    Setting,
+    measured_rows,
+    training_rows,
+)
+from polylens.artefacts import read_json, write_json
+from polylens.baselines import (
+    LowRankSettings,
+    PretrainingSettings,
+    SupervisedSettings,
+    fine_tune,
+    pretrain,
+)
+from polylens.baselines.supervised import translations
+from polylens.config import ProbeSettings, TrainSettings
+from polylens.corpora import ParallelCorpus
+from polylens.crown import CrownDelta
+from polylens.evaluation.comparison import Heldout, answer
+from polylens.evaluation.fidelity import is_repeating
+from polylens.evaluation.measures import Example, Task, TaskRun
+from polylens.evaluation.replies import measure_replies
+from polylens.evaluation.scoring import Candidate
+from polylens.evaluation.suite import Suite, measure_texts, run_suite
+from polylens.evaluation.tasks import choose_tasks
+from polylens.journal import versions
+from polylens.models.loading import LanguageModel
+from polylens.progress import silent
+from polylens.prompts import choose_format, encode_parallel, encode_texts
+from polylens.shortfall import measure_shortfall, strengths_of
+from polylens.steps import encode_shared, probe_prompts, train_prompts
+
+HERE = Path(__file__).parent
+PARTS = ("texts", "replies", "xcopa_letters", "xcopa", "answers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("settings", nargs="+", choices=SETTINGS)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--split", choices=("development", "report"), default="development")
+    parser.add_argument("--parts", default=",".join(PARTS[:-1]))
+    parser.add_argument("--limit", type=int, default=32, help="held-out rows")
+    parser.add_argument("--examples", type=int, help="examples of a benchmark and language")
+    parser.add_argument("--data-dir", type=Path, required=True, help="has lens, xcopa and copa")
+    given = parser.parse_args()
+    model = polylens.load_model(given.model, dtype="float32")
+    heldout = make_heldout(model, measured_rows(given.split, given.data_dir, given.limit))
+    folder = HERE / "results" / given.model / given.split
+    for seed in map(int, given.seeds.split(",")):
+        deltas = make_deltas(model, given.model, given.settings, seed)
+        measure(model, deltas, seed, heldout, folder, given)
+
+
+def make_heldout(model: LanguageModel, rows: ParallelCorpus) -> Heldout:
+    prompts = encode_parallel(
+        rows, (CENTRAL, *LANGUAGES), choose_format(model.tokenizer, "auto"), model.tokenizer, 512
+    )
+    return Heldout(rows, prompts, rows.to_corpus().texts, CENTRAL, LANGUAGES)
+
+
+def make_deltas(
+    model: LanguageModel, spec: str, names: Sequence[str], seed: int
+) -> dict[str, CrownDelta]:
+    """Train, or read what was trained; deltas lie in runs/, not in the repository."""
+    folder = Path("runs/experiments") / spec
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {
+        name: folder / f"{name}-{seed}-{_digest(SETTINGS[name])}.safetensors" for name in names
+    }
+    left = [name for name in names if not paths[name].exists()]
+    for name in left:
+        if SETTINGS[name].method != "lens":
+            _save(_baseline(model, SETTINGS[name], seed), paths[name])
+    of_lens = [name for name in left if SETTINGS[name].method == "lens"]
+    for kind in dict.fromkeys((SETTINGS[name].rows, SETTINGS[name].agnostic) for name in of_lens):
+        chosen = [n for n in of_lens if (SETTINGS[n].rows, SETTINGS[n].agnostic) == kind]
+        for name, delta in zip(chosen, _lens(model, folder, chosen, *kind, seed), strict=True):
+            _save(delta, paths[name])
+    return {
+        name: CrownDelta.load(path, fingerprint=model.fingerprint) for name, path in paths.items()
+    }
+
+
+def _digest(setting: Setting) -> str:
+    return hashlib.sha256(repr(setting).encode()).hexdigest()[:12]
+
+
+def _save(delta: CrownDelta, path: Path) -> None:
+    delta.save(path)
+    print(f"{path.stem}: trained", file=sys.stderr, flush=True)
+
+
+def _lens(
+    model: LanguageModel,
+    folder: Path,
+    names: Sequence[str],
+    n_rows: int | None,
+    agnostic: Literal["mean", "complement"],
+    seed: int,
+) -> Iterator[CrownDelta]:
+    """Train settings of Lens that have rows and subspaces in common, from one trunk pass."""
+    rows = training_rows()
+    rows = ParallelCorpus(rows.name, rows.rows[:n_rows])
+    languages = (CENTRAL, *LANGUAGES)
+    texts, style = rows.to_corpus(), choose_format(model.tokenizer, "auto")
+    subspaces = probe_prompts(
+        model,
+        encode_texts(texts, languages, style, model.tokenizer, ProbeSettings().max_tokens),
+        central=CENTRAL,
+        settings=ProbeSettings(agnostic=agnostic),
+        template=style.name,
+    )
+    settings = [TrainSettings(**SETTINGS[name].settings) for name in names]
+    prompts = encode_shared(model, rows, languages, settings, "auto")
+    if any(one.strength == "auto" for one in settings):
+        path = folder / f"shortfall-{len(rows.rows)}.json"  # the same for every seed
+        if not path.exists():
+            asked = prompts.without_answers()
+            write_json(path, measure_shortfall(model, asked, CENTRAL, LANGUAGES))
+        auto = {"strength": strengths_of(read_json(path))}
+        settings = [
+            one.model_copy(update=auto) if one.strength == "auto" else one for one in settings
+        ]
+    yield from train_prompts(model, subspaces, prompts, settings=settings, seed=seed)
+
+
+def _baseline(model: LanguageModel, setting: Setting, seed: int) -> CrownDelta:
+    rows = training_rows()
+    how: dict[str, Any] = {"languages": LANGUAGES, "central": CENTRAL, "seed": seed}
+    if setting.method == "pretraining":
+        chosen = PretrainingSettings(**setting.settings)
+        return pretrain(model, rows.to_corpus(), settings=chosen, **how)
+    kind = LowRankSettings if setting.method == "sft-lora" else SupervisedSettings
+    examples = translations(rows, CENTRAL)
+    return fine_tune(model, examples, settings=kind(**setting.settings), **how)
+
+
+def measure(
+    model: LanguageModel,
+    deltas: dict[str, CrownDelta],
+    seed: int,
+    heldout: Heldout,
+    folder: Path,
+    given: argparse.Namespace,
+) -> None:
+    """Measure what is not there yet, part by part."""
+    names = ["base", *(f"{name}-{seed}" for name in deltas)]
+    candidates = [Candidate(), *map(Candidate, deltas.values())]
+    files = [folder / f"{name}.json" for name in names]
+    contents = [read_json(path) if path.exists() else {"parts": {}} for path in files]
+    for content, candidate in zip(contents, candidates, strict=True):
+        if candidate.delta is not None:
+            known = candidate.delta.metadata
+            content["settings"] = known["settings"]
+        content["versions"] = versions()
+    for part in given.parts.split(","):
+        left = [i for i, content in enumerate(contents) if part not in content["parts"]]
+        if not left:
+            continue
+        started = time.monotonic()
+        runs = _measurers(given)[part](model, [candidates[i] for i in left], heldout)
+        for place, index in enumerate(left):
+            contents[index]["parts"][part] = [_kept(run, place) for run in runs]
+            write_json(files[index], contents[index])
+        took = time.monotonic() - started
+        print(f"{part}: {[names[i] for i in left]} in {took:.0f} s", file=sys.stderr, flush=True)
+
+
+def _measurers(given: argparse.Namespace) -> dict[str, Callable[..., list[TaskRun]]]:
+    first = 0 if given.split == "development" else 1
+
+    def benchmark(name: str) -> Callable[..., list[TaskRun]]:
+        def of(model: LanguageModel, some: Sequence[Candidate], _: Heldout) -> list[TaskRun]:
+            specs = tuple(choose_tasks([name], BENCHMARK_LANGUAGES, given.data_dir))
+            suite = Suite(
+                (), specs, None, limit=given.examples, data_dir=given.data_dir, every=(first, 2)
+            )
+            return [run for _, runs in run_suite(model, some, suite) for run in runs]
+
+        return of
+
+    return {
+        "texts": lambda model, some, heldout: measure_texts(model, some, heldout),
+        "replies": lambda model, some, heldout: measure_replies(model, some, heldout),
+        "answers": _answers,
+        "xcopa": benchmark("xcopa"),
+        "xcopa_letters": benchmark("xcopa_letters"),
+    }
+
+
+def _answers(
+    model: LanguageModel, candidates: Sequence[Candidate], heldout: Heldout
+) -> list[TaskRun]:
+    """Answers: in the language, repeating, and their length in characters."""
+    found: dict[tuple[str, str], list[tuple[Example, ...]]] = {}
+    for candidate in candidates:
+        with candidate.applied(model.structure):
+            answers = answer(model, heldout, MAX_NEW_TOKENS, silent)
+        for language in heldout.all_languages:
+            own = [one for one in answers if one.language == language]
+            for what, value in (
+                ("fidelity", lambda one: float(one.passed)),
+                ("repeating", lambda one: float(is_repeating(one.answer))),
+                ("length", lambda one: float(len(one.answer))),
+            ):
+                examples = tuple(Example(str(one.id), value(one)) for one in own)
+                found.setdefault((what, language), []).append(examples)
+    return [
+        TaskRun(
+            Task(f"{what}_{language}", language, "answers", what, what != "repeating"), tuple(e)
+        )
+        for (what, language), e in found.items()
+    ]
+
+
+def _kept(run: TaskRun, place: int) -> dict[str, Any]:
+    """One side's values, and a digest of which examples they are of."""
+    examples = run.examples[place]
+    keys = hashlib.sha256(json.dumps([one.key for one in examples]).encode()).hexdigest()[:16]
+    return {
+        "task": run.task.name,
+        "language": run.task.language,
+        "metric": run.task.metric,
+        "higher_is_better": run.task.higher_is_better,
+        "examples": keys,
+        "values": [round(one.value, 5) for one in examples],
+    }
+
+
+if __name__ == "__main__":
+    main()
