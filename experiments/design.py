@@ -1,8 +1,9 @@
 """What the results page compares: models, languages, rows, and named settings.
 
-Three sets of rows share no text. The starter corpus's training rows train every method. Its held-out
-rows, with the even examples of XCOPA, are for development: settings are chosen on them. The paper's
-parallel instructions, with the odd examples, are what is reported; nothing was chosen on them.
+Three sets of rows share no text. The starter corpus's training rows train every method. Its
+held-out rows, with the even examples of XCOPA, are for development: settings are chosen on them.
+The paper's parallel instructions, with the odd examples, are what is reported; nothing was chosen
+on them.
 """
 
 from __future__ import annotations
