@@ -207,7 +207,7 @@ class _Objective:
             for row in parallel.rows
         ]
         assert (parallel.n_answer is not None) == (settings.position == "answer")
-        n_answer = parallel.n_answer or [1] * len(parallel.states.lengths)
+        n_answer: Sequence[int] = parallel.n_answer or [1] * len(parallel.states.lengths)
         self._n_prompt = [
             length - n + 1
             for length, n in zip(parallel.states.lengths.tolist(), n_answer, strict=True)
