@@ -105,6 +105,11 @@ class TrainSettings(CrownSettings):
         "normed",
         description="Last layer's state after ('normed') or before ('residual') the final norm.",
     )
+    loss_layers: Literal["last", "trained"] = Field(
+        "last",
+        description="Layers whose states the losses read, averaged over them: the 'last' alone, or "
+        "every 'trained' one too.",
+    )
     strength: float | Literal["auto"] | dict[str, float] = Field(
         1.0,
         description="How far to push along a language's direction; one number, one a language, or "
@@ -343,6 +348,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "position": "last",
             "max_answer_tokens": 16,
             "state": "normed",
+            "loss_layers": "last",
             "strength": 1.0,
             "align_weight": 1.0,
             "separate_weight": 1.0,

@@ -141,6 +141,32 @@ class Crown(nn.Module):
         )
         yield from _run_batches(run, states, self.boundary_layer, batches, prefix, n_last)
 
+    @contextlib.contextmanager
+    def noting(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Note the outputs of some layers below the last one, as they run; gradients flow.
+
+        Yields:
+            Layer → (batch, seq_len, hidden_size) float32, of the batch that ran last.
+        """
+        outputs: dict[int, Tensor] = {}
+
+        def note(index: int) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                states = output[0] if isinstance(output, tuple) else output
+                outputs[index] = states.float()
+
+            return hook
+
+        handles = [
+            self.layers[index - self.boundary_layer].register_forward_hook(note(index))
+            for index in layers
+        ]
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the weights in training under their names within the whole model."""
         structure = self.structure_[0]

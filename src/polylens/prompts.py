@@ -280,10 +280,10 @@ def encode_parallel(
             f"language that fits in max_tokens with its template, but none does in {max_tokens} "
             "tokens; raise max_tokens or check the rows with `polylens data`"
         )
-    prompts = ParallelPrompts(tuple(ids), tuple(rows), tuple(sources), n_truncated)
+    parallel = ParallelPrompts(tuple(ids), tuple(rows), tuple(sources), n_truncated)
     if max_answer_tokens is None:
-        return prompts
-    return _with_answers(prompts, corpus, prompt_format, tokenizer, max_answer_tokens)
+        return parallel
+    return _with_answers(parallel, corpus, prompt_format, tokenizer, max_answer_tokens)
 
 
 def _with_answers(
