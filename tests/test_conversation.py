@@ -51,16 +51,16 @@ def said(conversation: Conversation, side: SideName) -> list[str]:
     return [turn.replies[side].answer for turn in conversation.turns if side in turn.replies]
 
 
-def test_each_side_answers_after_its_own_answers(tiny_model: LanguageModel) -> None:
-    after = Candidate(random_delta(tiny_model), 2.0)
-    before = logits(tiny_model)
-    conversation = talk(tiny_model, after)
+def test_each_side_answers_after_its_own_answers(llama: LanguageModel) -> None:
+    after = Candidate(random_delta(llama), 2.0)
+    before = logits(llama)
+    conversation = talk(llama, after)
     for message in MESSAGES:
         conversation.reply(message)
-    assert said(conversation, "before") == by_hand(tiny_model, MESSAGES, None)
-    assert said(conversation, "after") == by_hand(tiny_model, MESSAGES, after)
+    assert said(conversation, "before") == by_hand(llama, MESSAGES, None)
+    assert said(conversation, "after") == by_hand(llama, MESSAGES, after)
     assert said(conversation, "before") != said(conversation, "after")
-    assert torch.equal(logits(tiny_model), before)
+    assert torch.equal(logits(llama), before)
 
 
 @pytest.mark.parametrize("kind", ["delta", "steering"])
