@@ -118,6 +118,8 @@ def test_a_delta_alone_and_the_strength_of_its_run(
     code, (whole,), _ = pipe("Rain?", folder / "delta.safetensors", "-m", tiny_folder)
     assert code == 0
     assert whole["strength"] == 1
+    random_delta(load_model(tiny_folder, dtype="float32")).save(Path("untold.safetensors"))
+    assert pipe("Rain?\n/languages", "untold.safetensors", "-m", tiny_folder)[2].count("(") > 50
     (folder / "gate.json").write_text('{"strength": 0.25}')
     code, (gated,), _ = pipe("Rain?", folder)
     assert code == 0

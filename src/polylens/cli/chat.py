@@ -27,7 +27,7 @@ from polylens.cli.slash_commands import (
 )
 from polylens.conversation import Conversation, Reply, SideName
 from polylens.crown import CrownDelta
-from polylens.detection import LanguageDetector
+from polylens.detection import LanguageDetector, supported_languages
 from polylens.errors import PolyLensError, UsageError
 from polylens.evaluation.scoring import Candidate
 from polylens.evaluation.sides import (
@@ -190,8 +190,10 @@ def _detector(
     else:
         assert side.delta is not None
         metadata = CrownDelta.load(side.delta).metadata
-        central = metadata["central"]
-        known = (central, *metadata["languages"])
+        central = metadata.get("central", "en")
+        known = tuple(dict.fromkeys((central, *metadata.get("languages", ()))))
+        if len(known) == 1:  # a baseline may train on one language, and nothing tells one apart
+            known = tuple(sorted(supported_languages()))
     return LanguageDetector(told_apart(named, central) if named else known), central
 
 
