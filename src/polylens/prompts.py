@@ -91,6 +91,25 @@ class PromptFormat:
         text = f"\n\n{answer}" if self.template is None else answer
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"][:max_tokens])
 
+    def encode_conversation(self, tokenizer: Any, texts: Sequence[str]) -> tuple[int, ...]:
+        """Tokenise a conversation so far as the prompt of its next answer.
+
+        Args:
+            tokenizer: the model's tokenizer.
+            texts: the user's and the assistant's in turn, the user's last; without a template they
+                are parted by an empty line.
+        """
+        if self.template is None:
+            return tuple(tokenizer("\n\n".join(texts))["input_ids"])
+        messages = [
+            {"role": "assistant" if number % 2 else "user", "content": text}
+            for number, text in enumerate(texts)
+        ]
+        rendered = tokenizer.apply_chat_template(
+            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+        )
+        return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
     def encode(self, tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Prompts:
         """Tokenise `texts` as prompts of at most `max_tokens` tokens.
 

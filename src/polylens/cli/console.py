@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -103,10 +104,15 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str
     out.print(drawn)
 
 
-def print_json(value: Any) -> None:
-    """Print a value to stdout as JSON."""
+def print_error(error: Exception) -> None:
+    """Print an error to stderr in one line."""
+    err.print("[red]Error:[/red]", escape(str(error)), highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """Print a value to stdout as JSON; on one line without `indent`."""
     if not out.quiet:
-        typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+        typer.echo(json.dumps(value, ensure_ascii=False, indent=indent))
 
 
 def set_up_logging(verbose: int) -> None:

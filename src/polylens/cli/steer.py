@@ -17,13 +17,12 @@ from polylens import distributed
 from polylens.artefacts import readable_storage_errors
 from polylens.cli import options
 from polylens.cli.console import ProgressBars, err, out, print_json, table
-from polylens.config import load_config
 from polylens.corpora import read_parallel
 from polylens.detection import LanguageDetector
 from polylens.errors import UsageError
 from polylens.evaluation.fidelity import detect_answers
 from polylens.evaluation.generation import generate_answers
-from polylens.evaluation.sides import Protocol, make_heldout, model_called
+from polylens.evaluation.sides import Protocol, make_heldout, model_of_subspaces
 from polylens.evaluation.statistics import rate_interval
 from polylens.evaluation.steering import (
     UNTOUCHED,
@@ -170,7 +169,7 @@ def steer(
     else:
         asked = _read_prompts(prompts, prompts_file)
         detector = LanguageDetector(told_apart)
-    spec, own_revision = _model_of(subspaces, path, found, model)
+    spec, own_revision = model_of_subspaces(subspaces, path, found, model)
     with ProgressBars(shown=not quiet) as progress:
         loaded, execution = open_model(
             spec,
@@ -274,19 +273,6 @@ def _read_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
             "--prompts FILE, through a pipe, or --measure"
         )
     return found
-
-
-def _model_of(
-    given: Path, file: Path, subspaces: Subspaces, model: str | None
-) -> tuple[str, str | None]:
-    """Return the model that subspaces belong to, and its revision."""
-    if model is not None:
-        return model, None
-    resolved = given / "resolved.yaml"
-    if resolved.is_file():
-        config = load_config(resolved)
-        return config.model, config.revision
-    return model_called(str(subspaces.metadata.get("model")), file, "--model"), None
 
 
 def _languages(

@@ -220,7 +220,7 @@ def _answer(
         for turn in range(N_TURNS):
             for texts, question in zip(said, chunk, strict=True):
                 texts.append(question.turns[turn])
-            prompts = [_encode(chat, model.tokenizer, texts) for texts in said]
+            prompts = [chat.encode_conversation(model.tokenizer, texts) for texts in said]
             own = generate_answers(
                 model,
                 distributed.own(prompts),
@@ -239,26 +239,6 @@ def _answer(
         progress(n_done, len(questions), what)
 
 
-def _encode(chat: PromptFormat, tokenizer: Any, texts: Sequence[str]) -> tuple[int, ...]:
-    """Return the prompt for a conversation so far.
-
-    Args:
-        chat: the prompt format; without a template, texts are parted by an empty line.
-        tokenizer: the model's tokenizer.
-        texts: the user's and the assistant's in turn, the user's last.
-    """
-    if chat.template is None:
-        return tuple(tokenizer("\n\n".join(texts))["input_ids"])
-    messages = [
-        {"role": "assistant" if number % 2 else "user", "content": text}
-        for number, text in enumerate(texts)
-    ]
-    rendered = tokenizer.apply_chat_template(
-        messages, chat_template=chat.template, tokenize=False, add_generation_prompt=True
-    )
-    return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-
-
 def _check_context(
     model: LanguageModel, questions: Sequence[Question], chat: PromptFormat, max_new_tokens: int
 ) -> None:
@@ -267,13 +247,12 @@ def _check_context(
     Raises:
         UsageError: one does not.
     """
-    settings = model.causal_lm.config.get_text_config()
-    context = getattr(settings, "max_position_embeddings", None)
+    context = model.context_length
     if context is None:
         return
     for question in questions:
         first, second = question.turns
-        n_tokens = len(_encode(chat, model.tokenizer, [first, "", second]))
+        n_tokens = len(chat.encode_conversation(model.tokenizer, [first, "", second]))
         needed = n_tokens + N_TURNS * max_new_tokens
         if needed > context:
             raise UsageError(

@@ -29,6 +29,7 @@ from polylens.models.loading import LanguageModel
 from polylens.models.registry import REGISTRY
 from polylens.progress import Progress, silent
 from polylens.prompts import choose_format, encode_parallel
+from polylens.subspaces import Subspaces
 
 BEFORE, AFTER = "before", "after"
 
@@ -123,7 +124,7 @@ def choose_sides(target: str, against: str | None, strengths: Sequence[float] | 
 def _base_of(delta: Path) -> str:
     """Return the model that a delta belongs to."""
     name = str(CrownDelta.load(delta).metadata.get("model"))
-    return model_called(name, delta, "--against, or by --model to export")
+    return model_called(name, delta, "--against, or by --model to export or chat")
 
 
 def model_called(name: str, file: Path, option: str) -> str:
@@ -143,6 +144,29 @@ def model_called(name: str, file: Path, option: str) -> str:
         f"the model must be named, since {file} belongs to one in a folder called {name!r}; "
         f"give its path by {option}"
     )
+
+
+def model_of_subspaces(
+    given: Path, file: Path, subspaces: Subspaces, model: str | None
+) -> tuple[str, str | None]:
+    """Return the model that subspaces belong to, and its revision.
+
+    Args:
+        given: the folder of a run or a probe, or the file itself.
+        file: in which the subspaces are.
+        subspaces: of `file`.
+        model: as named by the user, which wins.
+
+    Raises:
+        UsageError: it cannot be told.
+    """
+    if model is not None:
+        return model, None
+    resolved = given / "resolved.yaml"
+    if resolved.is_file():
+        config = load_config(resolved)
+        return config.model, config.revision
+    return model_called(str(subspaces.metadata.get("model")), file, "--model"), None
 
 
 def run_strength(run: Path, configured: float) -> float:

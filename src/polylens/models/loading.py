@@ -61,6 +61,12 @@ class LanguageModel:
         """The transformers model."""
         return self.structure.causal_lm
 
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that it can read at once; None where its settings do not tell."""
+        settings = self.causal_lm.config.get_text_config()
+        return getattr(settings, "max_position_embeddings", None)
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and values of all weights.
