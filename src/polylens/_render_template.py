@@ -1,20 +1,21 @@
 """Renders the chat template on stdin, with little time and memory; see `polylens.chat_templates`.
 
-A program of its own, which imports nothing of the package: it has to start in no time. It ends with
-0 unless the template wants too much. One that fails in another way will fail again where it is used.
+A program of its own, which imports nothing of the package: it has to start in no time. It ends
+with 0 unless the template wants too much; one that fails in another way will fail again where it is
+used.
 """
 
 import contextlib
 import itertools
 import json
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-_SECONDS = 5
+_SECONDS = 2
 _BYTES = 2**30
 _CHARACTERS = 10**6  # of a conversation of three short turns
 
@@ -28,7 +29,7 @@ _TURNS = (
 class _Generation(Extension):
     """transformers' tag around what the model says."""
 
-    tags = {"generation"}  # noqa: RUF012 - as jinja has it
+    tags: ClassVar = {"generation"}
 
     def parse(self, parser: Any) -> Any:
         """Return the body as it is."""

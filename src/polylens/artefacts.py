@@ -23,12 +23,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from polylens.errors import CorruptFileError, PolyLensError, StorageError, UsageError
+from polylens.errors import (
+    CorruptFileError,
+    DiskFullError,
+    PolyLensError,
+    StorageError,
+    UsageError,
+)
 
 T = TypeVar("T")
 
 # One entry holds everything: safetensors writes several in an order that differs from run to run.
 _METADATA_KEY = "polylens"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MACHINE = f"{uuid.getnode():x}"  # temporary names tell whose they are
 
 
@@ -40,15 +47,16 @@ def readable_storage_errors(path: Path) -> Iterator[None]:
     except PolyLensError:  # some of them are OSErrors too
         raise
     except OSError as error:
-        raise StorageError(_explain(error, path)) from error
+        kind = DiskFullError if error.errno in _FULL else StorageError
+        raise kind(_explain(error, path)) from error
     except SafetensorError as error:  # safetensors wraps the operating system's error in its own
         if "No space left" in str(error) or "os error 28" in str(error):
-            raise StorageError(_explain(OSError(errno.ENOSPC, ""), path)) from error
+            raise DiskFullError(_explain(OSError(errno.ENOSPC, ""), path)) from error
         raise
 
 
 def _explain(error: OSError, path: Path) -> str:
-    if error.errno == errno.ENOSPC:
+    if error.errno in _FULL:
         return (
             f"the disk that holds {path} is full; free some space or choose another folder, then "
             "run again"
@@ -98,7 +106,8 @@ def writing(path: Path) -> Iterator[Path]:
         A path that does not exist yet; make a file or a folder of it.
 
     Raises:
-        StorageError: the disk is full or the place cannot be written.
+        DiskFullError: the disk is full.
+        StorageError: the place cannot be written.
     """
     with readable_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,6 @@ _SCRIPT = Path(__file__).with_name("_render_template.py")
 _TIMEOUT_SECONDS = None if sys.platform != "win32" else 60.0
 
 
-@functools.lru_cache(maxsize=64)
 def check_template(template: str, name: str) -> None:
     """Check that rendering a template takes little time and memory.
 
@@ -36,6 +35,15 @@ def check_template(template: str, name: str) -> None:
     Raises:
         ConfigError: it does not.
     """
+    if _is_greedy(template):
+        raise ConfigError(
+            f"a chat template must render a short conversation in seconds and a gigabyte, but "
+            f"{name} does not; use template 'plain', or give a template that you trust"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _is_greedy(template: str) -> bool:
     try:
         result = subprocess.run(
             [sys.executable, "-P", str(_SCRIPT)],
@@ -44,14 +52,9 @@ def check_template(template: str, name: str) -> None:
             timeout=_TIMEOUT_SECONDS,
             check=False,
         )
-        failed = result.returncode != 0
     except subprocess.TimeoutExpired:
-        failed = True
-    if failed:
-        raise ConfigError(
-            f"a chat template must render a short conversation in seconds and a gigabyte, but "
-            f"{name} does not; use template 'plain', or give a template that you trust"
-        )
+        return True
+    return result.returncode != 0
 
 
 def render_conversation(

@@ -7,6 +7,7 @@ help texts of the command line.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -434,9 +435,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} must be a readable YAML file, but is not ({error.strerror}); check the path"
         ) from error
+        json.dumps(loaded, ensure_ascii=False, default=str).encode()  # half a surrogate pair fails
     except RecursionError as error:
         raise ConfigError(f"{path} must be YAML, but is nested too deeply; mend it") from error
-    except (yaml.YAMLError, ValueError) as error:  # also dates that there are not
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # also dates that there are not
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} must be YAML, but is not ({reason}); mend it") from error
     if not isinstance(loaded, dict):

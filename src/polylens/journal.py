@@ -1,7 +1,8 @@
 """What a run has done: one line of JSON a finished stage, appended and synced.
 
 A stage is finished when its line is there; a line that a kill cut short does not count. The line
-holds the checksums of the files that the stage left, so that damage is noticed before they are used.
+holds the checksums of the files that the stage left, so that damage is noticed before they are
+used.
 """
 
 from __future__ import annotations

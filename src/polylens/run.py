@@ -22,7 +22,6 @@ import torch
 from polylens import distributed
 from polylens.artefacts import (
     load_tensors,
-    read_json,
     read_object,
     read_text,
     readable_storage_errors,
@@ -104,6 +103,20 @@ class RunFolder:
         """What was read: corpora, counts, model."""
         return self.path / "plan.json"
 
+    def read_plan(self) -> dict[str, Any]:
+        """Read the plan's file.
+
+        Raises:
+            CorruptFileError: it is damaged.
+        """
+
+        def check(values: Any) -> dict[str, Any]:
+            _ = values["template"], values["batch_bytes"], values["model"]["name"]
+            _ = [values["corpora"][role]["name"] for role in ("probing", "training", "heldout")]
+            return dict(values)
+
+        return read_object(self.plan, check)
+
     @property
     def journal(self) -> Journal:
         """Finished stages."""
@@ -170,7 +183,7 @@ def _check_inputs(folder: RunFolder, record: Mapping[str, Any]) -> None:
             f"the output folder must be on storage that all processes share, but {folder.path} "
             "is not there for one of them; choose another --out"
         )
-    before, now = read_json(folder.plan), json.loads(json.dumps(record))
+    before, now = folder.read_plan(), json.loads(json.dumps(record))
     for part in ("model", "template", "corpora"):
         if before[part] != now[part]:
             raise RunError(
@@ -373,7 +386,7 @@ class _Run:
         plan = make_plan(self.config, self.runtime, self.progress)
         if self.runtime.memory is None and self.folder.plan.exists():
             # Other batches than those that the run began with would change its last bits.
-            before = read_json(self.folder.plan).get("batch_bytes", plan.execution.batch_bytes)
+            before = self.folder.read_plan()["batch_bytes"]
             execution = dataclasses.replace(plan.execution, batch_bytes=before)
             plan = dataclasses.replace(plan, execution=execution)
         return plan
@@ -575,8 +588,8 @@ class _Run:
             dtype=dtype,
             card=model_card(
                 self.config,
-                Evaluation.from_dict(read_json(self.folder.summary)),
-                read_json(self.folder.plan),
+                read_object(self.folder.summary, Evaluation.from_dict),
+                self.folder.read_plan(),
                 self.dial,
             ),
         )
@@ -608,12 +621,14 @@ def read_report_data(folder: RunFolder) -> ReportData:
                 f"a report needs a run that has been evaluated, but {folder.path} has no "
                 f"{path.name}; finish the run with `polylens enhance` first"
             )
+    answers = (folder.answers("before"), folder.answers("after"))
+    folder.journal.check((folder.summary, folder.gate, *answers))
     tensors, metadata = load_tensors(folder.map_states)
     states: dict[str, dict[str, torch.Tensor]] = {"before": {}, "after": {}}
     for name, tensor in tensors.items():
         when, _, language = name.partition(".")
         states[when][language] = tensor
-    plan = read_json(folder.plan)
+    plan = folder.read_plan()
     evaluation = read_object(folder.summary, Evaluation.from_dict)
     return ReportData(
         evaluation=evaluation,

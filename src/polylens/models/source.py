@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from polylens.artefacts import parse_json, readable_storage_errors, user_path
+from polylens.artefacts import file_sha256, parse_json, readable_storage_errors, user_path
 from polylens.cache import cache_folder
 from polylens.errors import DownloadError, MissingExtraError, ModelError, nearest
 from polylens.models.fetch import convert_into_cache, fetch, usable
