@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from polylens.artefacts import load_tensors, save_tensors
-from polylens.errors import ModelError, UsageError
+from polylens.errors import CorruptFileError, ModelError, UsageError
 from polylens.hidden_states import HiddenStates, gather, token_batches
 from polylens.models.structure import Calls, DecoderStructure, run_layer_at
 from polylens.token_budget import best_token_budget
@@ -353,6 +353,9 @@ class CrownDelta:
                 f"a delta must be applied to the model it was trained on, but {path} belongs to "
                 f"another one ({metadata.get('model', 'unknown')}); load that model"
             )
+        layers = metadata.get("layers")
+        if not isinstance(layers, list) or not all(isinstance(one, int) for one in layers):
+            raise CorruptFileError(f"{path} must say which layers it changes; train again")
         return cls(tensors, metadata)
 
     def weights(

@@ -106,13 +106,13 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
     choose_device(runtime.device)
     LanguageDetector((*languages, *config.evaluate.extra_languages))
     # Corpora before the model: a missing file should not wait for a download.
-    probing_corpus = read_texts(config.probe.corpus, languages).select(
+    probing_corpus = read_texts(config.probe.corpus, languages, offline=runtime.offline).select(
         languages, config.probe.texts_per_language, config.seed
     )
     if config.probe.rank is not None:
         check_rank(config.probe.rank, len(languages))
-    training_corpus, heldout_corpus = choose_rows(config)
-    texts = _scored_texts(config.evaluate, languages, heldout_corpus)
+    training_corpus, heldout_corpus = choose_rows(config, offline=runtime.offline)
+    texts = _scored_texts(config.evaluate, languages, heldout_corpus, runtime.offline)
 
     source = resolve(
         config.model, revision=config.revision, offline=runtime.offline, progress=progress
@@ -228,7 +228,9 @@ def _cost(
     )
 
 
-def choose_rows(config: RunConfig) -> tuple[ParallelCorpus, ParallelCorpus]:
+def choose_rows(
+    config: RunConfig, *, offline: bool = False
+) -> tuple[ParallelCorpus, ParallelCorpus]:
     """Return the rows to train on and those to evaluate on (with watched languages).
 
     Raises:
@@ -237,12 +239,12 @@ def choose_rows(config: RunConfig) -> tuple[ParallelCorpus, ParallelCorpus]:
     evaluate = config.evaluate
     languages = config.all_languages
     everything = (*languages, *evaluate.extra_languages)
-    corpus = read_parallel(config.train.corpus)
+    corpus = read_parallel(config.train.corpus, offline=offline)
     if evaluate.corpus is None:
         train, heldout = corpus.select(everything).split(evaluate.rows, config.seed)
     else:
         train = corpus.split(0)[0] if corpus.n_heldout else corpus
-        _, heldout = _heldout_of(evaluate, everything, config.seed)
+        _, heldout = _heldout_of(evaluate, everything, config.seed, offline)
     train = train.select(languages).limit(config.train.rows, config.seed)
     seen = {row[config.central] for row in train.rows}
     unseen = tuple(row for row in heldout.rows if row.get(config.central) not in seen)
@@ -266,20 +268,23 @@ def choose_rows(config: RunConfig) -> tuple[ParallelCorpus, ParallelCorpus]:
 
 
 def _heldout_of(
-    evaluate: EvaluateSettings, languages: Sequence[str], seed: int
+    evaluate: EvaluateSettings, languages: Sequence[str], seed: int, offline: bool
 ) -> tuple[ParallelCorpus, ParallelCorpus]:
     assert evaluate.corpus is not None
     if evaluate.corpus == STARTER:
         return starter_corpus().select(languages).split(evaluate.rows, seed)
-    corpus = read_parallel(evaluate.corpus, languages)
+    corpus = read_parallel(evaluate.corpus, languages, offline=offline)
     return corpus, corpus.limit(evaluate.rows, seed)
 
 
 def _scored_texts(
-    evaluate: EvaluateSettings, languages: Sequence[str], heldout: ParallelCorpus
+    evaluate: EvaluateSettings,
+    languages: Sequence[str],
+    heldout: ParallelCorpus,
+    offline: bool,
 ) -> dict[str, tuple[str, ...]]:
     everything = (*languages, *evaluate.extra_languages)
     if evaluate.texts is None:
         return {k: tuple(row[k] for row in heldout.rows if k in row) for k in everything}
-    corpus = read_texts(evaluate.texts, everything)
+    corpus = read_texts(evaluate.texts, everything, offline=offline)
     return dict(corpus.select(everything, evaluate.max_texts).texts)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from polylens import distributed, hub
+from polylens.artefacts import read_text
 from polylens.cli import options
 from polylens.cli.console import ProgressBars, duration, err, out, print_json, size, table
 from polylens.config import load_config
@@ -124,7 +125,7 @@ def enhance(
             config,
             out_folder,
             runtime=runtime,
-            given=path.read_text(encoding="utf-8") if path else None,
+            given=read_text(path) if path else None,
             progress=progress,
             on_plan=explain,
             on_stage=announce,

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polylens import distributed
-from polylens.artefacts import readable_storage_errors
+from polylens.artefacts import read_text
 from polylens.cli import options
 from polylens.cli.console import ProgressBars, err, out, print_json, table
 from polylens.corpora import read_parallel
@@ -165,7 +165,7 @@ def steer(
     if measure:
         if prompts or prompts_file:
             raise UsageError("--measure asks held-out rows, so prompts must be left out")
-        protocol = _protocol(told_apart, corpus, rows, template, max_new_tokens)
+        protocol = _protocol(told_apart, corpus, rows, template, max_new_tokens, offline)
     else:
         asked = _read_prompts(prompts, prompts_file)
         detector = LanguageDetector(told_apart)
@@ -262,8 +262,7 @@ def _read_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
     if given:
         lines = list(given)
     elif file is not None:
-        with readable_storage_errors(file):
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(file).splitlines()
     else:
         lines = [] if sys.stdin.isatty() else sys.stdin.read().splitlines()
     found = [line.strip() for line in lines if line.strip()]
@@ -287,9 +286,14 @@ def _languages(
 
 
 def _protocol(
-    languages: tuple[str, ...], corpus: str, rows: int, template: str | None, max_new_tokens: int
+    languages: tuple[str, ...],
+    corpus: str,
+    rows: int,
+    template: str | None,
+    max_new_tokens: int,
+    offline: bool,
 ) -> Protocol:
-    parallel = read_parallel(corpus, languages)
+    parallel = read_parallel(corpus, languages, offline=offline)
     return Protocol(
         rows=parallel.split(rows)[1] if parallel.n_heldout else parallel.limit(rows),
         central=languages[0],

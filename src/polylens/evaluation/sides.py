@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polylens.artefacts import read_json, readable_storage_errors
+from polylens.artefacts import read_object, readable_storage_errors
 from polylens.config import Runtime, load_config
 from polylens.corpora import ParallelCorpus
 from polylens.crown import CrownDelta
@@ -24,7 +24,8 @@ from polylens.evaluation.scoring import Candidate
 from polylens.evaluation.suite import Suite, run_suite
 from polylens.evaluation.tasks import TaskSpec
 from polylens.execution import Execution, open_model
-from polylens.journal import versions
+from polylens.journal import Journal, versions
+from polylens.locks import alone_in
 from polylens.models.loading import LanguageModel
 from polylens.models.registry import REGISTRY
 from polylens.progress import Progress, silent
@@ -172,7 +173,10 @@ def model_of_subspaces(
 def run_strength(run: Path, configured: float) -> float:
     """Return the strength of a run's model: the one its gate chose, else the configured one."""
     gate = run / "gate.json"
-    return float(read_json(gate)["strength"]) if gate.exists() else configured
+    if not gate.exists():
+        return configured
+    Journal(run / "journal.jsonl").check([gate])
+    return read_object(gate, lambda values: float(values["strength"]))
 
 
 def evaluate_sides(
@@ -201,7 +205,21 @@ def evaluate_sides(
 
     Raises:
         UsageError: tokenizers differ, data are missing, or the folder holds something else.
+        RunError: another command is at work in the folder.
     """
+    with alone_in(out):
+        return _evaluate_sides(sides, protocol, out, runtime, progress, on_execution, on_part)
+
+
+def _evaluate_sides(
+    sides: Sequence[Side],
+    protocol: Protocol,
+    out: Path,
+    runtime: Runtime,
+    progress: Progress,
+    on_execution: Callable[[Execution], None],
+    on_part: Callable[[str], None],
+) -> list[Scorecard]:
     cards = [Scorecard(out / side.label) for side in sides]
     by_model: dict[tuple[str, str | None], list[int]] = {}
     for number, side in enumerate(sides):
