@@ -92,7 +92,7 @@ def probe_figure(subspaces: Subspaces) -> go.Figure:
         for column, which in ((1, 1), (2, 0)):
             figure.add_scatter(
                 x=layers,
-                y=[pair[which] for pair in distances],
+                y=[round(pair[which], 9) for pair in distances],  # 0, not its rounding
                 name=language_name(language),
                 legendgroup=language,
                 showlegend=column == 1,
@@ -123,7 +123,8 @@ def probe_figure(subspaces: Subspaces) -> go.Figure:
             row=2,
             col=2,
         )
-    figure.update_yaxes(type="log", row=2, col=2)
+    figure.update_yaxes(rangemode="tozero", row=1)
+    figure.update_yaxes(type="log", dtick=1, row=2, col=2)
     figure.update_yaxes(tickformat=".0%", row=2, col=1)
     figure.update_xaxes(title_text="decoder layer (the last entry is after the final norm)", row=2)
     return _styled(figure, height=640)
@@ -150,7 +151,9 @@ def subspace_map(
         specific_plane(before, subspaces, layer),
         agnostic_plane(before, subspaces, layer),
     )
-    colours = language_colours(list(before), subspaces.central)
+    # Files sort their tensors: the order that colours go by is that of the subspaces.
+    languages = list(dict.fromkeys((*subspaces.languages, *before)))
+    colours = language_colours(languages, subspaces.central)
     for column, plane in enumerate(planes, start=1):
         for language, colour in colours.items():
             if language in before:
@@ -216,60 +219,70 @@ def difference_figure(measures: Sequence[Measure], central: str) -> go.Figure:
             )
         figure.add_vline(x=0, line={"color": _CENTRAL, "width": 1, "dash": "dot"}, row=row, col=1)
     figure.update_yaxes(autorange="reversed")
-    return _styled(figure, height=100 + 70 * len(by_metric) + 24 * len(measures))
+    _styled(figure, height=66 + 70 * len(by_metric) + 24 * len(measures))
+    return figure.update_layout(margin_t=36)  # no legend
 
 
-def tradeoff_figure(points: Mapping[float, Sequence[Measure]], central: str) -> go.Figure | None:
-    """Draw the targets' gain against the central language's, by strength; one panel a metric.
+def strength_figure(
+    points: Mapping[float, Sequence[Measure]], central: str, *, chosen: float | None = None
+) -> go.Figure:
+    """Draw by strength what each language gains or loses; one panel a family of tasks.
 
     Args:
-        points: strength → measures.
-        central: the language to protect.
-
-    Returns:
-        The figure; None if no metric has both the central language and another.
+        points: strength → measures; the untouched model, at 0, is added.
+        central: the language to protect, grey.
+        chosen: strength to mark.
     """
-    panels = _panels(points, central)
-    if not panels:
-        return None
-    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=list(panels))
+    panels = _panels(points)
+    n_columns = min(2, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    figure = make_subplots(
+        rows=n_rows,
+        cols=n_columns,
+        subplot_titles=list(panels),
+        vertical_spacing=0.35 / n_rows,
+    )
     languages = list(dict.fromkeys(k for lines in panels.values() for k in lines))
     colours = language_colours(languages, central)
     shown: set[str] = set()
-    for column, lines in enumerate(panels.values(), start=1):
+    for index, lines in enumerate(panels.values()):
+        where = {"row": index // n_columns + 1, "col": index % n_columns + 1}
         for language, line in lines.items():
-            strengths = sorted(line)
-            ours = [_signed(line[s][1]) for s in strengths]
-            theirs = [_signed(line[s][0]) for s in strengths]
+            strengths = [0.0, *sorted(line)]
+            found = [(0.0, 0.0, 0.0), *(_signed(line[s]) for s in strengths[1:])]
+            low, middle, high = zip(*found, strict=True)
             figure.add_scatter(
-                x=[0, *(middle for _, middle, _ in theirs)],
-                y=[0, *(middle for _, middle, _ in ours)],
-                error_x=_bars(theirs, colours[language]),
-                error_y=_bars(ours, colours[language]),
-                text=["", *(f"{s:g}" for s in strengths)],
-                textposition="top right",
-                mode="lines+markers+text",
-                marker={
-                    "symbol": ["circle-open", *("circle" for _ in strengths)],
-                    "size": 8,
-                },
+                x=[*strengths, *reversed(strengths)],
+                y=[*high, *reversed(low)],
+                fill="toself",
+                fillcolor=colours[language],
+                opacity=0.13,
+                mode="lines",
+                line={"width": 0},
+                hoverinfo="skip",
+                legendgroup=language,
+                showlegend=False,
+                **where,
+            )
+            figure.add_scatter(
+                x=strengths,
+                y=middle,
+                mode="lines+markers",
+                marker={"size": 6},
                 line={"color": colours[language], "width": 2},
-                name=language_name(language),
+                name=language_name(language) if language else "all",
                 legendgroup=language,
                 showlegend=language not in shown,
-                row=1,
-                col=column,
+                hovertemplate="strength %{x:g}: %{y:+.4f}<extra>%{fullData.name}</extra>",
+                **where,
             )
             shown.add(language)
-        figure.update_xaxes(title_text=f"{language_name(central)}: change", row=1, col=column)
-        figure.update_yaxes(title_text="target: change", row=1, col=column)
-        figure.add_vline(
-            x=0, line={"color": _CENTRAL, "width": 1, "dash": "dot"}, row=1, col=column
-        )
-        figure.add_hline(
-            y=0, line={"color": _CENTRAL, "width": 1, "dash": "dot"}, row=1, col=column
-        )
-    return _styled(figure, height=420)
+        line = {"color": _CENTRAL, "width": 1, "dash": "dot"}
+        figure.add_hline(y=0, line=line, **where)
+        if chosen is not None:
+            figure.add_vline(x=chosen, line={**line, "dash": "dash"}, **where)
+        figure.update_xaxes(title_text="strength", **where)
+    return _styled(figure, height=120 + 260 * n_rows)
 
 
 def retrieval_figure(
@@ -305,23 +318,17 @@ def retrieval_figure(
 
 
 def _panels(
-    points: Mapping[float, Sequence[Measure]], central: str
-) -> dict[str, dict[str, dict[float, tuple[Measure, Measure]]]]:
-    """Title → language → strength → the central language's measure, and the target's."""
-    panels: dict[str, dict[str, dict[float, tuple[Measure, Measure]]]] = {}
+    points: Mapping[float, Sequence[Measure]],
+) -> dict[str, dict[str, dict[float, Measure]]]:
+    """Title → language → strength → measure."""
+    panels: dict[str, dict[str, dict[float, Measure]]] = {}
     for strength, measures in points.items():
-        # Tasks of one family and protocol belong together: xcopa_sw_letters and xcopa_en_letters.
-        families: dict[str, dict[str, Measure]] = {}
         for one in measures:
-            if one.task.language is not None:
-                family = " ".join(p for p in one.task.name.split("_") if p != one.task.language)
-                families.setdefault(family, {})[one.task.language] = one
-        for family, by_language in families.items():
-            if central in by_language:
-                for language, one in by_language.items():
-                    if language != central:
-                        line = panels.setdefault(family, {}).setdefault(language, {})
-                        line[strength] = (by_language[central], one)
+            # Tasks of one family and protocol belong together: xcopa_sw_letters, xcopa_en_letters.
+            language = one.task.language or ""
+            family = " ".join(p for p in one.task.name.split("_") if p != language)
+            title = f"{family} saved" if not one.task.higher_is_better else family
+            panels.setdefault(title, {}).setdefault(language, {})[strength] = one
     return panels
 
 
@@ -331,18 +338,6 @@ def _signed(one: Measure) -> tuple[float, float, float]:
     if one.task.higher_is_better:
         return change.low, change.difference, change.high
     return -change.high, -change.difference, -change.low
-
-
-def _bars(intervals: Sequence[tuple[float, float, float]], colour: str) -> dict[str, Any]:
-    """Error bars of points, the first of which is the origin."""
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [0, *(high - middle for _, middle, high in intervals)],
-        "arrayminus": [0, *(middle - low for low, middle, _ in intervals)],
-        "color": colour,
-        "thickness": 1,
-    }
 
 
 def _draw_language(
