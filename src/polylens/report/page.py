@@ -176,6 +176,13 @@ def render_comparison(
     )
 
 
+def render_measures(
+    measures: Mapping[str, Sequence[Measure]], verdicts: Mapping[str, Verdict | None]
+) -> Markup:
+    """Return the table of differences as HTML, without figures; see `render_comparison`."""
+    return Markup(_render("measures.html", measures=measures, verdicts=verdicts, figures={}))
+
+
 def comparison_figures(
     measures: Mapping[str, Sequence[Measure]], strengths: Mapping[str, float], central: str
 ) -> dict[str, Markup]:
