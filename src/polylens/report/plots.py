@@ -160,7 +160,10 @@ def subspace_map(
         specific_plane(before, subspaces, layer),
         agnostic_plane(before, subspaces, layer),
     )
-    colours = language_colours(list(before), subspaces.central)
+    # The order of the subspaces, so that a language has one colour in all figures.
+    colours = language_colours(
+        list(dict.fromkeys([*subspaces.languages, *before])), subspaces.central
+    )
     for column, plane in enumerate(planes, start=1):
         for language, colour in colours.items():
             if language in before:

@@ -29,25 +29,19 @@ class Field:
 
 # The main ones; the others keep their preset's values.
 FIELDS = (
+    Field("probe.texts_per_language", "Texts to probe of each language, at most", "count"),
     Field("train.rows", "Training rows, at most", "count"),
     Field("evaluate.rows", "Held-out rows", "count"),
     Field("train.layers", "Top layers that train", "count"),
     Field("train.epochs", "Epochs", "count"),
     Field("train.learning_rate", "Learning rate", "number"),
-    Field("train.strength", "Push along each language's direction (a number, or auto)", "text"),
-    Field("gate.text_margin", "Largest rise of bits per byte tolerated, as a share", "number"),
+    Field("train.strength", "Push along a language's direction (a number, or auto)", "text"),
+    Field(
+        "gate.text_margin", "Rise of bits per byte that the gate tolerates, as a share", "number"
+    ),
     Field("evaluate.max_new_tokens", "Longest answer, in tokens", "count"),
     Field("seed", "Seed", "count"),
 )
-
-
-def description(field: Field) -> str:
-    """Return a setting's help, as the command line has it."""
-    model: Any = RunConfig
-    *parents, last = field.key.split(".")
-    for parent in parents:
-        model = model.model_fields[parent].annotation
-    return str(model.model_fields[last].description)
 
 
 def preset_values(preset: str) -> list[Any]:

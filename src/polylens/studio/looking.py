@@ -48,6 +48,7 @@ class Look:
         Raises:
             SubspaceError: the layer was not probed.
         """
+        self.subspaces.position(layer)
         states = {k: found[:, layer] for k, found in self.before.items()}
         return subspace_map(states, None, self.subspaces, layer, self.texts)
 

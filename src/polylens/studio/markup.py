@@ -98,12 +98,11 @@ def _language(detected: str) -> str:
 
 def results(data: ReportData) -> Markup:
     """Write what a run changed: the verdict, and figures with their intervals."""
-    chosen = data.dial.verdicts[data.dial.strength]
     return Markup("<p>{}</p><p>{}</p>{}{}").format(
         verdict(data.evaluation),
         data.dial.sentence(),
         table("Before and after", EVALUATION_COLUMNS, evaluation_rows(data.evaluation)),
-        render_measures({"after": data.evaluation.measures}, {"after": chosen}),
+        render_measures({"after": data.evaluation.measures}, {"after": None}),
     )
 
 

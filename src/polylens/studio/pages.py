@@ -31,7 +31,7 @@ from polylens.run import read_report_data
 from polylens.studio import markup
 from polylens.studio.dial import Dial
 from polylens.studio.downloads import offered
-from polylens.studio.drafts import FIELDS, compose, cost_rows, description, preset_values
+from polylens.studio.drafts import FIELDS, compose, cost_rows, preset_values
 from polylens.studio.folders import Folders
 from polylens.studio.jobs import Jobs, training_log
 from polylens.studio.looking import Look, look_into_model, look_into_run
@@ -65,20 +65,21 @@ def build(studio: Studio) -> gr.Blocks:
     """Lay out all pages."""
     with gr.Blocks(title="PolyLens studio", analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML("<h1>PolyLens studio</h1>")
-        with gr.Row(equal_height=True):
+        stage = gr.State(None)  # the run that is open, and how many stages of it are finished
+        with gr.Row(elem_classes="open"):
             run = gr.Dropdown(label="Run", choices=[], value=None, scale=5, elem_id="run")
             again = gr.Button("Refresh", scale=1, min_width=90)
         with gr.Tabs(elem_id="pages") as tabs:
             with gr.Tab("Progress", id="progress"):
-                _progress_page(studio, run)
+                _progress_page(studio, run, stage)
             with gr.Tab("New run", id="new"):
                 _new_run_page(studio, run, tabs)
             with gr.Tab("Inside", id="inside"):
-                _inside_page(studio, run)
+                _inside_page(studio, run, stage)
             with gr.Tab("Results", id="results"):
-                _results_page(studio, run)
+                _results_page(studio, run, stage)
             with gr.Tab("Answers", id="answers"):
-                _answers_page(studio, run)
+                _answers_page(studio, run, stage)
 
         def names(current: str | None) -> Any:
             found = studio.jobs.names()
@@ -90,17 +91,17 @@ def build(studio: Studio) -> gr.Blocks:
     return blocks
 
 
-def _progress_page(studio: Studio, run: gr.Dropdown) -> None:
+def _progress_page(studio: Studio, run: gr.Dropdown, stage: gr.State) -> None:
     shown = gr.HTML(markup.note("Open a run, or start a new one."), elem_id="progress")
     with gr.Row():
         stop = gr.Button("Stop", variant="stop", interactive=False)
         resume = gr.Button("Resume", interactive=False)
-    losses = gr.Plot(label="Losses by step", elem_classes="figure")
+    losses = _figure("Losses by step")
     drawn = gr.State(None)
 
     def watch(name: str | None, drawn: Any) -> Any:
         if not name:
-            return gr.skip(), gr.skip(), gr.skip(), gr.skip(), None
+            return gr.skip(), gr.skip(), gr.skip(), gr.skip(), None, None
         status = studio.jobs.status(name)
         running = status.state == "running"
         log = training_log(studio.folders.run(name)) if name in studio.folders.runs_there() else []
@@ -111,9 +112,10 @@ def _progress_page(studio: Studio, run: gr.Dropdown) -> None:
             gr.Button(interactive=status.state in ("stopped", "failed")),
             figure,
             (name, len(log)),
+            (name, status.n_finished),
         )
 
-    outputs = [shown, stop, resume, losses, drawn]
+    outputs = [shown, stop, resume, losses, drawn, stage]
     timer = gr.Timer(_WATCH_SECONDS)
     _on(timer.tick, watch, [run, drawn], outputs, show_progress="hidden")
     _on(run.change, watch, [run, drawn], outputs, show_progress="hidden")
@@ -144,11 +146,10 @@ def _new_run_page(studio: Studio, run: gr.Dropdown, tabs: gr.Tabs) -> None:
         preset = gr.Dropdown(label="Preset", choices=list(PRESETS), value="default", min_width=240)
     with gr.Accordion("Settings", open=False), gr.Row(equal_height=True):
         values = [
-            gr.Textbox(label=one.label, info=description(one), value=start, min_width=240)
+            gr.Textbox(label=one.label, value=start, min_width=240)
             if one.kind == "text"
             else gr.Number(
                 label=one.label,
-                info=description(one),
                 value=start,
                 precision=0 if one.kind == "count" else None,
                 min_width=240,
@@ -194,7 +195,7 @@ def _new_run_page(studio: Studio, run: gr.Dropdown, tabs: gr.Tabs) -> None:
     _on(start.click, begin, [name, *form], [said, run, tabs])
 
 
-def _inside_page(studio: Studio, run: gr.Dropdown) -> None:
+def _inside_page(studio: Studio, run: gr.Dropdown, stage: gr.State) -> None:
     look = gr.State(None)
     said = gr.HTML(markup.note("Open a run, or probe a model."))
     with gr.Row():
@@ -209,8 +210,8 @@ def _inside_page(studio: Studio, run: gr.Dropdown) -> None:
             )
         probe = gr.Button("Probe")
     layer = gr.Slider(0, 1, 0, step=1, label="Layer", visible=False, elem_id="layer")
-    places = gr.Plot(label="Where the languages are", elem_classes="figure")
-    curves = gr.Plot(label="Layer by layer", elem_classes="figure")
+    places = _figure("Where the languages are")
+    curves = _figure("Layer by layer")
     outputs = [said, look, layer, places, curves]
 
     def opened(name: str | None) -> Any:
@@ -273,7 +274,7 @@ def _inside_page(studio: Studio, run: gr.Dropdown) -> None:
     def at(look: Look | None, layer: float) -> Any:
         return gr.skip() if look is None else look.map_at(int(layer))
 
-    _on(run.change, opened, [run], outputs)
+    _on(stage.change, opened, [run], outputs)
     _on(every.click, every_layer, [run], outputs, **_MODEL_WORK)
     _on(probe.click, probe_model, [model, languages, central, n_texts], outputs, **_MODEL_WORK)
     _on(
@@ -281,11 +282,11 @@ def _inside_page(studio: Studio, run: gr.Dropdown) -> None:
     )
 
 
-def _results_page(studio: Studio, run: gr.Dropdown) -> None:
+def _results_page(studio: Studio, run: gr.Dropdown, stage: gr.State) -> None:
     files = gr.HTML(markup.note("Open a run."), elem_id="files")
     text = gr.HTML(elem_id="results")
-    differences = gr.Plot(label="What changed, with 95 % intervals", elem_classes="figure")
-    tradeoff = gr.Plot(label="What each strength costs and brings", elem_classes="figure")
+    differences = _figure("What changed, with 95 % intervals")
+    tradeoff = _figure("What each strength costs and brings")
 
     def opened(name: str | None) -> Any:
         if not name or name not in studio.folders.runs_there():
@@ -303,13 +304,10 @@ def _results_page(studio: Studio, run: gr.Dropdown) -> None:
             tradeoff_figure(data.dial.measures, central),
         )
 
-    outputs = [files, text, differences, tradeoff]
-    again = gr.Button("Read again")
-    _on(run.change, opened, [run], outputs)
-    _on(again.click, opened, [run], outputs)
+    _on(stage.change, opened, [run], [files, text, differences, tradeoff])
 
 
-def _answers_page(studio: Studio, run: gr.Dropdown) -> None:
+def _answers_page(studio: Studio, run: gr.Dropdown, stage: gr.State) -> None:
     asked = gr.Dropdown(label="A held-out prompt", choices=[], value=None)
     prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
     with gr.Row():
@@ -372,13 +370,24 @@ def _answers_page(studio: Studio, run: gr.Dropdown) -> None:
             return gr.skip(), gr.skip()
         return answer(name, prompt, before, *dials)
 
-    _on(run.change, opened, [run], [asked, towards, before, shown])
+    _on(stage.change, opened, [run], [asked, towards, before, shown])
     _on(asked.input, lambda text: text, [asked], [prompt])
     inputs = [run, prompt, before, *dials]
     _on(ask.click, answer, inputs, [before, shown], **_MODEL_WORK)
-    for dial in (strength, push):
-        _on(dial.release, turned, inputs, [before, shown], **_MODEL_WORK)
-    _on(towards.input, turned, inputs, [before, shown], **_MODEL_WORK)
+    for dial in (strength, towards, push):  # while it turns, the newest position waits its turn
+        _on(
+            dial.input,
+            turned,
+            inputs,
+            [before, shown],
+            trigger_mode="always_last",
+            **_MODEL_WORK,
+        )
+
+
+def _figure(title: str) -> gr.Plot:
+    gr.HTML(f"<h2>{title}</h2>")
+    return gr.Plot(label=title, show_label=False, container=False, elem_classes="figure")
 
 
 def _model_choice(studio: Studio) -> gr.Dropdown:
