@@ -104,6 +104,7 @@ def test_other_sites_pages_and_names_are_refused() -> None:
     assert ask(guard, "/", {**HERE, "origin": "http://127.0.0.1:7860"})[0] == 200
     assert ask(guard, "/", {"host": "localhost:7860"})[0] == 200
     assert ask(guard, "/", {"host": "[::1]:7860"})[0] == 200
+    assert ask(guard, "/", {"host": "127.0.0.9"})[0] == 200
     assert ask(Guard(everything, "x", False), "/", {"host": "box.lan", **basic("x")})[0] == 200
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from polylens.config import RunConfig, dump_yaml, load_config
@@ -108,11 +111,9 @@ def test_a_run_that_fails_says_why_and_may_be_mended(folders: Folders) -> None:
 def test_nothing_outside_is_started_resumed_or_stopped(folders: Folders, tmp_path: Path) -> None:
     jobs = Jobs(folders)
     for name in ("../first", "/first", "", ".studio", ".."):
-        for act in (lambda n: jobs.start(n, configure(folders)), jobs.resume):
+        for act in (lambda n: jobs.start(n, configure(folders)), jobs.resume, jobs.stop):
             with pytest.raises(UsageError):
                 act(name)
-        with pytest.raises(RunError):
-            jobs.stop(name)
     with pytest.raises(RunError, match=r"train\.corpus"):
         jobs.start("first", configure(folders, **{"train.corpus": str(tmp_path / "x.jsonl")}))
     elsewhere = RunFolder(folders.runs / "theirs")
@@ -123,6 +124,24 @@ def test_nothing_outside_is_started_resumed_or_stopped(folders: Folders, tmp_pat
     with pytest.raises(RunError, match=r"evaluate\.texts"):
         jobs.resume("theirs")
     assert jobs.running() is None
+
+
+def test_no_file_but_the_studios_own_names_a_process(folders: Folders) -> None:
+    """A folder that somebody put there must not have the studio end another process."""
+    (folders.runs / ".studio").mkdir(parents=True)
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        note = {"pid": sleeper.pid, "started": psutil.Process(sleeper.pid).create_time()}
+        for place in ("theirs", ".studio/.."):
+            (folders.runs / place).mkdir(exist_ok=True)
+            (folders.runs / place / "process.json").write_text(json.dumps(note))
+        for name in ("../theirs", "..", "theirs", "../../runs/theirs"):
+            with pytest.raises((UsageError, RunError)):
+                Jobs(folders).stop(name)
+        assert sleeper.poll() is None
+    finally:
+        sleeper.kill()
+        sleeper.wait()
 
 
 def test_a_status_is_read_from_files(folders: Folders) -> None:

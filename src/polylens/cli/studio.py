@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from polylens.cli.console import out
-from polylens.studio.app import is_local, make_app, read_password, serve
+from polylens.studio.app import make_app, read_password, serve
 from polylens.studio.folders import Folders
+from polylens.studio.guard import is_local
 
 
 def studio(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from polylens.artefacts import readable_storage_errors
 from polylens.errors import MissingExtraError, PolyLensError, UsageError
 from polylens.studio.downloads import REPORT_POLICY, download
 from polylens.studio.folders import Folders
-from polylens.studio.guard import App, Guard
+from polylens.studio.guard import App, Guard, is_local
 
 PASSWORD_VARIABLE = "POLYLENS_STUDIO_PASSWORD"
 
@@ -107,16 +106,6 @@ def read_password(host: str, file: Path | None) -> str | None:
             f"--password-file or set {PASSWORD_VARIABLE}"
         )
     return password or None
-
-
-def is_local(host: str) -> bool:
-    """Whether an address is this machine's own, which nobody else reaches."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def serve(app: App, host: str, port: int) -> None:

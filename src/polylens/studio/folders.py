@@ -44,7 +44,7 @@ class Folders:
         Raises:
             UsageError: the name is no plain name, or is taken.
         """
-        path = self._run_path(name)
+        path = self.run_path(name)
         if path.exists():
             raise UsageError(
                 f"a new run must have a name of its own, but {name!r} is there already; choose "
@@ -58,11 +58,27 @@ class Folders:
         Raises:
             UsageError: there is none of that name, or it leads out of the runs.
         """
-        path = self._run_path(name)
+        path = self.run_path(name)
         if not path.is_dir():
             raise UsageError(f"there must be a run named {name!r}, but there is none; open another")
         _refuse_links_out(path, self.runs)
         return RunFolder(path)
+
+    def run_path(self, name: str) -> Path:
+        """Return where a run of this name is, or would be.
+
+        Raises:
+            UsageError: the name is no plain name, or a link that leads out of the runs.
+        """
+        if not is_run_name(name):
+            raise UsageError(
+                "a run's name must be up to 64 letters, digits, dots, dashes and underscores, and "
+                f"begin with a letter or digit, got {name!r}"
+            )
+        path = self.runs / name
+        if not _is_within(path, self.runs):
+            raise UsageError(f"a run must lie in the runs folder, but {name!r} is a link out of it")
+        return path
 
     def runs_there(self) -> list[str]:
         """Return the names of all runs, the newest first."""
@@ -70,7 +86,7 @@ class Folders:
             found = [
                 path
                 for path in (self.runs.iterdir() if self.runs.is_dir() else ())
-                if _RUN_NAME.fullmatch(path.name)
+                if is_run_name(path.name)
                 and _is_within(path, self.runs)
                 and (path / "resolved.yaml").is_file()
             ]
@@ -142,16 +158,10 @@ class Folders:
                     "command line"
                 )
 
-    def _run_path(self, name: str) -> Path:
-        if not isinstance(name, str) or not _RUN_NAME.fullmatch(name):
-            raise UsageError(
-                "a run's name must be up to 64 letters, digits, dots, dashes and underscores, and "
-                f"begin with a letter or digit, got {name!r}"
-            )
-        path = self.runs / name
-        if not _is_within(path, self.runs):
-            raise UsageError(f"a run must lie in the runs folder, but {name!r} is a link out of it")
-        return path
+
+def is_run_name(name: object) -> bool:
+    """Whether something can be a run's name."""
+    return isinstance(name, str) and _RUN_NAME.fullmatch(name) is not None
 
 
 def _within(root: Path | None, name: str, what: str, option: str) -> Path:

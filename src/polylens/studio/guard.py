@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import ipaddress
 import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -34,8 +35,6 @@ _POLICY = (
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
     "connect-src 'self'; worker-src 'self' blob:; frame-ancestors 'none'; form-action 'self'"
 )
-
-_LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Guard:
             headers: by lower-case name.
         """
         host = headers.get("host", "")
-        if self.local and _without_port(host) not in _LOCAL_HOSTS:
+        if self.local and not is_local(re.sub(r":\d+$", "", host).strip("[]")):
             return 403, "the studio listens to this machine alone"
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
@@ -102,8 +101,14 @@ class Guard:
         return None
 
 
-def _without_port(host: str) -> str:
-    return re.sub(r":\d+$", "", host)
+def is_local(host: str) -> bool:
+    """Whether an address is this machine's own, which nobody else reaches."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _knows(authorization: str, password: str) -> bool:

@@ -34,7 +34,7 @@ from polylens.artefacts import (
 from polylens.config import RunConfig, dump_yaml, load_config
 from polylens.errors import RunError, StorageError
 from polylens.run import STAGES, RunFolder
-from polylens.studio.folders import Folders
+from polylens.studio.folders import Folders, is_run_name
 
 State = Literal["running", "finished", "failed", "stopped"]
 
@@ -107,7 +107,7 @@ class Jobs:
             status = self.status(name)
             if status.state in ("running", "finished"):
                 raise RunError(f"a run to resume must be stopped, but {name} is {status.state}")
-            resolved = RunFolder(self.folders.runs / name).resolved
+            resolved = RunFolder(self.folders.run_path(name)).resolved
             path = resolved if resolved.exists() else self._notes(name) / "run.yaml"
             self.folders.check(load_config(path))
             self._spawn(name, path)
@@ -116,6 +116,7 @@ class Jobs:
         """End a run; the stages that are finished are kept, and a training's last checkpoint.
 
         Raises:
+            UsageError: the name is no plain name.
             RunError: it is not under way.
         """
         process = self._process(name)
@@ -141,9 +142,13 @@ class Jobs:
         return [*(name for name in self._noted() if name not in found), *found]
 
     def status(self, name: str) -> Status:
-        """Tell how far a run is."""
+        """Tell how far a run is.
+
+        Raises:
+            UsageError: the name is no plain name.
+        """
         finished = {
-            entry["stage"] for entry in RunFolder(self.folders.runs / name).journal.entries()
+            entry["stage"] for entry in RunFolder(self.folders.run_path(name)).journal.entries()
         }
         lines = self._tail(name)
         if self._process(name) is not None:
@@ -164,7 +169,7 @@ class Jobs:
             )
         notes = self._notes(name)
         command = [sys.executable, "-m", "polylens", "enhance", str(configuration.resolve())]
-        command += ["--out", str(self.folders.runs / name), "--progress-lines"]
+        command += ["--out", str(self.folders.run_path(name)), "--progress-lines"]
         with readable_storage_errors(notes):
             notes.mkdir(parents=True, exist_ok=True)
             with (notes / "log.txt").open("wb") as log:
@@ -199,11 +204,12 @@ class Jobs:
         return None
 
     def _notes(self, name: str) -> Path:
-        return self.folders.runs / ".studio" / name
+        return self.folders.runs / ".studio" / self.folders.run_path(name).name
 
     def _noted(self) -> list[str]:
         """Names of the runs that a studio has started."""
-        return [path.parent.name for path in (self.folders.runs / ".studio").glob("*/process.json")]
+        found = (self.folders.runs / ".studio").glob("*/process.json")
+        return [path.parent.name for path in found if is_run_name(path.parent.name)]
 
     def _tail(self, name: str) -> list[str]:
         path = self._notes(name) / "log.txt"
