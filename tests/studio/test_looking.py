@@ -15,7 +15,7 @@ from polylens.hidden_states import Keep, collect_hidden_states
 from polylens.models import load_model
 from polylens.plan import choose_rows
 from polylens.prompts import choose_format
-from polylens.report.plots import subspace_map
+from polylens.report.plots import probe_figure, subspace_map
 from polylens.run import RunFolder
 from polylens.studio.looking import Look, look_into_model, look_into_run
 
@@ -65,6 +65,17 @@ def test_what_looks_like_a_tag_is_text(look: Look) -> None:
             assert trace.text[0].startswith("&lt;b&gt;bold&lt;/b&gt; &amp;")
             assert trace.text[0].count("<br>") <= 5
             assert trace.text[0].endswith("[...]")
+
+
+def test_a_language_has_one_colour_in_all_figures(tiny_folder: Path) -> None:
+    look = look_into_model(str(tiny_folder), "sw, es", "en", n_texts=4)
+    states = {k: look.before[k][:, 1] for k in sorted(look.before)}  # as a file keeps them
+    colours = {
+        trace.name: trace.marker.color
+        for trace in subspace_map(states, states, look.subspaces, 1).data
+    }
+    curves = {trace.name: trace.line.color for trace in probe_figure(look.subspaces).data}
+    assert colours["Swahili"] == curves["Swahili"] != colours["Spanish"] == curves["Spanish"]
 
 
 def test_a_run_shows_its_heldout_prompts(look: Look, tiny_folder: Path, tmp_path: Path) -> None:

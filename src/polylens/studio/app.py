@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -127,6 +128,6 @@ def serve(app: App, host: str, port: int) -> None:
             f"the studio must be able to listen at {host}, port {port}, but cannot "
             f"({error.strerror}); choose another --port"
         ) from error
-    with bound:
+    with bound, contextlib.suppress(KeyboardInterrupt):  # runs go on without it
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
         server.run(sockets=[bound])

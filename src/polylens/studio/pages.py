@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from polylens.config import DEFAULT_MODEL, PRESETS
+from polylens.config import DEFAULT_MODEL, PRESETS, load_config
 from polylens.corpora import starter_corpus
 from polylens.corpora.readers import STARTER
 from polylens.errors import PolyLensError
@@ -219,8 +219,8 @@ def _inside_page(studio: Studio, run: gr.Dropdown, stage: gr.State) -> None:
             return gr.skip(), None, gr.Slider(visible=False), None, None
         folder = studio.folders.run(name)
         if not folder.subspaces.exists():
-            text = markup.note(f"{name} has not been probed yet.")
-            return text, None, gr.Slider(visible=False), None, None
+            message = markup.note(f"{name} has not been probed yet.")
+            return message, None, gr.Slider(visible=False), None, None
         subspaces, figure = Subspaces.load(folder.subspaces), None
         text = f"{name}, before training. The held-out prompts are drawn once it is evaluated."
         if folder.report.exists():
@@ -332,7 +332,7 @@ def _answers_page(studio: Studio, run: gr.Dropdown, stage: gr.State) -> None:
                     (f"{language_name(one.language)}: {one.prompt}", one.prompt)
                     for one in read_answers(folder.answers("before"))
                 ]
-            targets = [(language_name(k), k) for k in studio.folders.config(folder).languages]
+            targets = [(language_name(k), k) for k in load_config(folder.resolved).languages]
         return (
             gr.Dropdown(choices=found, value=None),
             gr.Dropdown(choices=[("none", ""), *targets], value=""),
