@@ -111,7 +111,10 @@ def render() -> str:
         for key, value in values.items()
         if RunConfig.model_fields[section].default.model_dump()[key] != value
     ]
-    parts += ["## Presets\n", f"`preset: paper` differs from the defaults in {', '.join(changed)}.\n"]
+    parts += [
+        "## Presets\n",
+        f"`preset: paper` differs from the defaults in {', '.join(changed)}.\n",
+    ]
     parts += [OPTIONS, *rows(Runtime), "", BASELINES]
     for name, model in KINDS.items():
         parts += [f"### {name}\n", *rows(model, leave_out=differing(model, train)), ""]

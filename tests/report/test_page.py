@@ -24,7 +24,6 @@ from polylens.subspaces import probe_subspaces
 LANGUAGES = ("en", "sw", "ar")
 
 
-
 def examples(values: list[float]) -> list[Example]:
     return [Example(str(i), value) for i, value in enumerate(values)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from polylens.errors import UsageError
 from polylens.journal import versions
 from polylens.machine import matmul_flops
 from polylens.models.loading import choose_device
-from polylens.plan import make_plan
+from polylens.plan import Plan, make_plan
 
 
 def doctor(
@@ -48,20 +49,7 @@ def doctor(
         runtime = options.make_runtime(device=device, memory=memory, offline=offline)
         with ProgressBars(shown=not as_json) as progress:
             plan = make_plan(config, runtime, progress)
-        flops = plan.cost.trunk_flops + plan.cost.crown_flops
-        rate = matmul_flops(plan.execution.device, plan.execution.dtype)
-        cost = {
-            "model": plan.source.name,
-            "parameters": plan.facts.n_parameters,
-            "flops": flops,
-            "seconds": flops / rate,
-            "measured_flops_per_second": rate,
-            "memory_bytes": plan.cost.memory_bytes,
-            "disk_bytes": plan.cost.disk_bytes,
-            "streamed": plan.execution.streamed,
-            "dtype": plan.execution.computing_name,
-        }
-        facts["run"] = cost
+        facts["run"] = cost = forecast(plan)
     elif overrides:
         raise UsageError(
             "the cost of a run needs its languages; add --languages, e.g. --languages sw,bn"
@@ -79,22 +67,43 @@ def doctor(
         table(
             None,
             ["the run", ""],
-            [
-                ["model", f"{cost['model']}, {plan.facts.n_parameters / 1e6:,.0f} M parameters"],
-                [
-                    "probing, training",
-                    f"{flops / 1e12:,.1f} TFLOP, about {duration(flops / rate)} here",
-                ],
-                ["answers", "not counted: they depend on what the model says"],
-                [
-                    "memory",
-                    f"about {size(plan.cost.memory_bytes)} of "
-                    f"{size(psutil.virtual_memory().total)}",
-                ],
-                ["run on", plan.execution.sentence()],
-                ["disk", f"about {size(plan.cost.disk_bytes)}"],
-            ],
+            forecast_rows(plan, cost),
         )
+
+
+def forecast(plan: Plan) -> dict[str, Any]:
+    """Return what a run would cost on this machine, of which the speed is measured."""
+    flops = plan.cost.trunk_flops + plan.cost.crown_flops
+    rate = matmul_flops(plan.execution.device, plan.execution.dtype)
+    return {
+        "model": plan.source.name,
+        "parameters": plan.facts.n_parameters,
+        "flops": flops,
+        "seconds": flops / rate,
+        "measured_flops_per_second": rate,
+        "memory_bytes": plan.cost.memory_bytes,
+        "disk_bytes": plan.cost.disk_bytes,
+        "streamed": plan.execution.streamed,
+        "dtype": plan.execution.computing_name,
+    }
+
+
+def forecast_rows(plan: Plan, cost: Mapping[str, Any]) -> list[list[str]]:
+    """Return a forecast in words: pairs of what and how much."""
+    return [
+        ["model", f"{cost['model']}, {cost['parameters'] / 1e6:,.0f} M parameters"],
+        [
+            "probing, training",
+            f"{cost['flops'] / 1e12:,.1f} TFLOP, about {duration(cost['seconds'])} here",
+        ],
+        ["answers", "not counted: they depend on what the model says"],
+        [
+            "memory",
+            f"about {size(cost['memory_bytes'])} of {size(psutil.virtual_memory().total)}",
+        ],
+        ["run on", plan.execution.sentence()],
+        ["disk", f"about {size(cost['disk_bytes'])}"],
+    ]
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from polylens.cli import (
     run,
     search,
     steer,
+    studio,
     train,
 )
 from polylens.cli.console import err, out, print_error, set_up_logging
@@ -53,6 +54,7 @@ app.command("mt-bench")(judge.mt_bench)
 app.command("judge")(judge.judge)
 app.command("report")(report.report)
 app.command("export")(export.export)
+app.command("studio")(studio.studio)
 app.add_typer(models.app, name="models")
 app.command("data")(data.data)
 app.command("doctor")(doctor.doctor)

@@ -18,7 +18,7 @@ from polylens.offline import is_offline
 
 Row = Mapping[str, Any]
 
-_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
 def read_rows(spec: str | Path, *, offline: bool = False) -> dict[str, list[Row]]:
@@ -29,7 +29,7 @@ def read_rows(spec: str | Path, *, offline: bool = False) -> dict[str, list[Row]
             files = sorted(
                 file
                 for file in path.iterdir()
-                if file.suffix in _SUFFIXES and is_language(file.stem.split(".")[-1])
+                if file.suffix in SUFFIXES and is_language(file.stem.split(".")[-1])
             )
             if not files:
                 raise CorpusError(
@@ -59,7 +59,7 @@ def _read_file(path: Path) -> list[Row]:
         rows = _read_with_datasets(path)
     else:
         raise CorpusError(
-            f"a corpus file must end in {', '.join(_SUFFIXES)}, got {path.name}; convert or rename "
+            f"a corpus file must end in {', '.join(SUFFIXES)}, got {path.name}; convert or rename "
             "it"
         )
     if not rows:

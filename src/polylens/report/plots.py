@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,9 @@ from polylens.subspaces import Subspaces
 _CENTRAL = "#767676"
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7A5195")
 _LINE = "rgba(128,128,128,0.25)"
+
+_HOVER_WIDTH = 48
+_HOVER_LINES = 6
 
 
 def language_colours(languages: Sequence[str], central: str) -> dict[str, str]:
@@ -131,15 +136,20 @@ def probe_figure(subspaces: Subspaces) -> go.Figure:
 
 
 def subspace_map(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], subspaces: Subspaces, layer: int
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor] | None,
+    subspaces: Subspaces,
+    layer: int,
+    texts: Mapping[str, Sequence[str]] | None = None,
 ) -> go.Figure:
     """Draw held-out prompts in both subspaces; arrows lead from each mean before to after.
 
     Args:
         before: language → (n, hidden_size), states of the untouched model.
-        after: of the enhanced model, same prompts.
+        after: of the enhanced model, same prompts; None draws the untouched model's alone.
         subspaces: of the model.
         layer: whose states these are; it must have been probed.
+        texts: language → the n prompts, shown under the pointer; None shows the language.
     """
     figure = make_subplots(
         rows=1,
@@ -157,7 +167,9 @@ def subspace_map(
     for column, plane in enumerate(planes, start=1):
         for language, colour in colours.items():
             if language in before:
-                _draw_language(figure, plane, language, before, after, colour, column)
+                own = (before[language], None if after is None else after[language])
+                shown = None if texts is None else texts[language]
+                _draw_language(figure, plane, language, own, shown, colour, column)
     figure.update_xaxes(title_text="first principal axis", row=1, col=1)
     figure.update_yaxes(title_text="second principal axis", row=1, col=1)
     figure.update_xaxes(title_text="along mu_a", row=1, col=2)
@@ -344,13 +356,14 @@ def _draw_language(
     figure: go.Figure,
     plane: Plane,
     language: str,
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
+    states: tuple[Tensor, Tensor | None],
+    texts: Sequence[str] | None,
     colour: str,
     column: int,
 ) -> None:
-    was, now = plane.coordinates(before[language]), plane.coordinates(after[language])
-    for points, symbol, opacity in ((was, "circle-open", 0.45), (now, "circle", 0.45)):
+    drawn = [plane.coordinates(one) for one in states if one is not None]
+    symbols = ("circle-open", "circle") if len(drawn) == 2 else ("circle",)
+    for points, symbol in zip(drawn, symbols, strict=True):
         figure.add_scatter(
             x=_rounded(points[:, 0]),
             y=_rounded(points[:, 1]),
@@ -359,12 +372,14 @@ def _draw_language(
             legendgroup=language,
             showlegend=column == 1 and symbol == "circle",
             marker={"color": colour, "size": 6, "symbol": symbol},
-            opacity=opacity,
-            hoverinfo="name",
+            opacity=0.45,
             row=1,
             col=column,
+            **_hover(texts),
         )
-    start, end = was.mean(0).tolist(), now.mean(0).tolist()
+    if len(drawn) == 1:
+        return
+    start, end = (points.mean(0).tolist() for points in drawn)
     figure.add_annotation(
         x=end[0],
         y=end[1],
@@ -380,6 +395,18 @@ def _draw_language(
         row=1,
         col=column,
     )
+
+
+def _hover(texts: Sequence[str] | None) -> dict[str, Any]:
+    """What a point shows under the pointer: its text, in short lines, or its language alone."""
+    if texts is None:
+        return {"hoverinfo": "name"}
+    # plotly reads tags in a text; what looks like one is the prompt's own.
+    lines = [
+        "<br>".join(map(html.escape, textwrap.wrap(text, _HOVER_WIDTH, max_lines=_HOVER_LINES)))
+        for text in texts
+    ]
+    return {"text": lines, "hoverinfo": "text+name"}
 
 
 def _rounded(values: Tensor) -> list[float]:
