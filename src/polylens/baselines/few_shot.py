@@ -43,6 +43,7 @@ def few_shot_template(
     settings = settings or FewShotSettings()
     require_languages(corpus, [language])
     own = choose_format(tokenizer, CHAT).template
+    assert own is not None
     pairs = list(corpus.pairs[language])
     random.Random(seed).shuffle(pairs)
     turns: list[dict[str, str]] = []

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from polylens.cli.console import duration
 from polylens.cli.run import EVALUATION_COLUMNS, STAGE_TITLES, evaluation_rows
 from polylens.languages import language_name
-from polylens.report.page import ReportData, render_measures, verdict
+from polylens.report.page import ReportData, render_measures, summary
 from polylens.run import STAGES
 from polylens.studio.dial import Reply
 from polylens.studio.jobs import Status
@@ -97,9 +97,9 @@ def _language(detected: str) -> str:
 
 
 def results(data: ReportData) -> Markup:
-    """Write what a run changed: the verdict, and figures with their intervals."""
+    """Write what a run changed: the decision, and figures with their intervals."""
     return Markup("<p>{}</p><p>{}</p>{}{}").format(
-        verdict(data.evaluation),
+        summary(data.evaluation),
         data.dial.sentence(),
         table("Before and after", EVALUATION_COLUMNS, evaluation_rows(data.evaluation)),
         render_measures({"after": data.evaluation.measures}, {"after": None}),

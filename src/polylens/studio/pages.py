@@ -24,8 +24,8 @@ from polylens.report.plots import (
     difference_figure,
     loss_curves,
     probe_figure,
+    strength_figure,
     subspace_map,
-    tradeoff_figure,
 )
 from polylens.run import read_report_data
 from polylens.studio import markup
@@ -301,7 +301,7 @@ def _results_page(studio: Studio, run: gr.Dropdown, stage: gr.State) -> None:
             links,
             markup.results(data),
             difference_figure(data.evaluation.measures, central),
-            tradeoff_figure(data.dial.measures, central),
+            strength_figure(data.dial.measures, central, chosen=data.dial.strength),
         )
 
     _on(stage.change, opened, [run], [files, text, differences, tradeoff])
