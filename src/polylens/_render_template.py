@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import json
 import sys
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -29,7 +29,7 @@ _TURNS = (
 class _Generation(Extension):
     """transformers' tag around what the model says."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as jinja declares it
 
     def parse(self, parser: Any) -> Any:
         """Return the body as it is."""
