@@ -29,7 +29,7 @@ _TURNS = (
 class _Generation(Extension):
     """transformers' tag around what the model says."""
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it for instances)
+    tags = {"generation"}  # noqa: RUF012 - as jinja declares it
 
     def parse(self, parser: Any) -> Any:
         """Return the body as it is."""

@@ -448,11 +448,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        json.dumps(loaded, ensure_ascii=False, default=str).encode()  # half a surrogate pair fails
     except OSError as error:
         raise ConfigError(
             f"{path} must be a readable YAML file, but is not ({error.strerror}); check the path"
         ) from error
-        json.dumps(loaded, ensure_ascii=False, default=str).encode()  # half a surrogate pair fails
     except RecursionError as error:
         raise ConfigError(f"{path} must be YAML, but is nested too deeply; mend it") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:  # also dates that there are not
