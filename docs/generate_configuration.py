@@ -105,16 +105,15 @@ def render() -> str:
             parts += [f"## {section}\n", f"{model.__doc__}\n", *rows(model), ""]
             train = model if section == "train" else train
     assert train is not None
-    changed = [
-        f"`{section}.{key}: {json.dumps(value)}`"
-        for section, values in PRESETS["paper"].items()
-        for key, value in values.items()
-        if RunConfig.model_fields[section].default.model_dump()[key] != value
-    ]
-    parts += [
-        "## Presets\n",
-        f"`preset: paper` differs from the defaults in {', '.join(changed)}.\n",
-    ]
+    parts.append("## Presets\n")
+    for preset, sections in PRESETS.items():
+        changed = [
+            f"`{section}.{key}: {json.dumps(value)}`"
+            for section, values in sections.items()
+            for key, value in values.items()
+            if RunConfig.model_fields[section].default.model_dump()[key] != value
+        ]
+        parts.append(f"`preset: {preset}` differs from the tables above in {', '.join(changed)}.\n")
     parts += [OPTIONS, *rows(Runtime), "", BASELINES]
     for name, model in KINDS.items():
         parts += [f"### {name}\n", *rows(model, leave_out=differing(model, train)), ""]

@@ -330,10 +330,11 @@ class Runtime(Settings):
     trust_remote_code: bool = Field(False, description="Let the model's own Python code run.")
 
 
-# The published settings (arXiv 2410.04407, appendix, and the published scripts), written out in
-# full, so that a later change of a default cannot change them.
+# "default": what ablations support (docs/results.md). "paper": the published settings (arXiv
+# 2410.04407, appendix, and the published scripts), written out in full, so that a later change of a
+# default cannot change them.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "default": {},
+    "default": {"train": {"strength": "auto"}},
     "paper": {
         "probe": {
             "texts_per_language": 300,

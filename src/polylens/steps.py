@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
-from polylens.config import ProbeSettings, TrainSettings
+from polylens.config import PRESETS, ProbeSettings, TrainSettings
 from polylens.corpora import Corpus, ParallelCorpus
 from polylens.crown import CrownDelta
 from polylens.errors import ConfigError
@@ -180,9 +180,10 @@ def train(
         subspaces: of this model.
         corpus: parallel rows.
         languages: target languages; None takes those of the subspaces.
-        settings: see `TrainSettings`; `corpus` and `rows` are not read here. A list trains one
-            crown for each, from one trunk pass, or two where some read answers and some do not;
-            all must have the same `max_tokens` and `max_answer_tokens`.
+        settings: see `TrainSettings`; `corpus` and `rows` are not read here. None takes those of
+            the default preset. A list trains one crown for each, from one trunk pass, or two where
+            some read answers and some do not; all must have the same `max_tokens` and
+            `max_answer_tokens`.
         template: "auto", "chat", "plain" or a Jinja file.
         seed: order of the rows.
         token_budget: padded tokens of a batch; None takes what is fastest on this machine.
@@ -198,7 +199,7 @@ def train(
         CorpusError: no usable row.
         TrainingError: the loss is not finite or runs away.
     """
-    several = settings if isinstance(settings, Sequence) else [settings or TrainSettings()]
+    several = settings if isinstance(settings, Sequence) else [settings or default_train_settings()]
     targets = languages or [k for k in subspaces.languages if k != subspaces.central]
     prompts = encode_shared(model, corpus, (subspaces.central, *targets), several, template)
     deltas = list(
@@ -216,6 +217,11 @@ def train(
         )
     )
     return deltas if isinstance(settings, Sequence) else deltas[0]
+
+
+def default_train_settings() -> TrainSettings:
+    """Return the training settings of the default preset."""
+    return TrainSettings(**PRESETS["default"]["train"])
 
 
 def encode_shared(
