@@ -133,7 +133,7 @@ def test_a_delta_alone_and_the_strength_of_its_run(
     ("lines", "arguments", "message"),
     [
         ("", ["run"], "nothing came through the pipe"),
-        ("/strenght 1", ["run"], "got '/strenght', did you mean '/strength'?; /help lists them"),
+        ("/rset", ["run"], "got '/rset', did you mean '/reset'?; /help lists them"),
         ("/strength much", ["run"], "/strength must have a number, got 'much'"),
         ("/strength -1", ["run"], "the strength must be at least 0 and finite, got -1"),
         ("/towards fr", ["run"], "one of the probed languages (sw, es), got 'fr'"),
