@@ -133,7 +133,7 @@ def test_a_delta_alone_and_the_strength_of_its_run(
     ("lines", "arguments", "message"),
     [
         ("", ["run"], "nothing came through the pipe"),
-        ("/strenght 1", ["run"], "got '/strenght', did you mean '/strength'?; /help lists them"),
+        ("/rset", ["run"], "got '/rset', did you mean '/reset'?; /help lists them"),
         ("/strength much", ["run"], "/strength must have a number, got 'much'"),
         ("/strength -1", ["run"], "the strength must be at least 0 and finite, got -1"),
         ("/towards fr", ["run"], "one of the probed languages (sw, es), got 'fr'"),
@@ -301,17 +301,18 @@ def test_a_growing_answer_shows_its_end() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_real_model_is_pushed_into_spanish(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "smollm2-135m-instruct"
     model = load_model(name)
     rows = starter_corpus().limit(16)
     polylens.probe(model, rows.to_corpus(), languages=["en", "es"]).save(Path("found.safetensors"))
     questions = ["What is rain?", "Name three animals that live in the sea.", "Why do we sleep?"]
-    lines = [*questions, "/reset", "/strength 0", questions[0]]
+    lines = [*questions, "/strength 0", questions[0]]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     code, out, err = run(
         "chat", "found.safetensors", "--model", name, "--towards", "es", "--strength", "1.5",
-        "--json", "--max-new-tokens", 24,
+        "--json", "--separate", "--max-new-tokens", 16,
     )  # fmt: skip
     assert code == 0, err
     *pushed, zero = map(json.loads, out.splitlines())

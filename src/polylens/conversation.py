@@ -73,7 +73,7 @@ class Turn:
         return {"prompt": self.message, **said, "strength": self.strength}
 
 
-class OnText(Protocol):
+class Listener(Protocol):
     """Told an answer while it grows."""
 
     def __call__(self, side: SideName, text: str) -> None:
@@ -123,7 +123,7 @@ class Conversation:
         self.has_template = self._format.template is not None
 
     def reply(
-        self, message: str, *, sides: Sequence[SideName] = SIDES, on_text: OnText = _ignore
+        self, message: str, *, sides: Sequence[SideName] = SIDES, on_text: Listener = _ignore
     ) -> Turn:
         """Let sides answer a message, one after the other, greedily.
 
@@ -182,7 +182,7 @@ class Conversation:
         )
 
     def _answer(
-        self, side: SideName, ids: tuple[int, ...], n_forgotten: int, on_text: OnText
+        self, side: SideName, ids: tuple[int, ...], n_forgotten: int, on_text: Listener
     ) -> Reply:
         candidate = self.after if side == "after" else Candidate()
         start = time.perf_counter()
