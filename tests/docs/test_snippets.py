@@ -43,9 +43,14 @@ N_TRAIN, N_HELDOUT, N_CHARACTERS = 9, 3, 24
 SMALL_PRESET = {
     "train": {"epochs": 1, "batch_size": 4},
     "evaluate": {"rows": N_HELDOUT, "max_new_tokens": 2},
-    "gate": {"steps": 2, "text_margin": 9.0},  # so few rows show nothing
+    "gate": {"steps": 1, "text_margin": 9.0},  # so few rows show nothing
 }
-SMALL_ARGUMENTS = {"--trials": "2", "--development-rows": "3", "--rows": "3"}
+SMALL_ARGUMENTS = {  # the last of an option given twice wins
+    "evaluate": ["--max-new-tokens", "2"],
+    "mt-bench": ["--max-new-tokens", "2"],
+    "search": ["--trials", "2", "--development-rows", "3"],
+    "steer": ["--max-new-tokens", "2"],
+}
 SMALL_CODE = {"n_trials=20": "n_trials=2, n_development=3", "n_heldout=32": "n_heldout=3"}
 
 
@@ -191,10 +196,7 @@ def _run_python(block: Block, names: dict[str, Any]) -> None:
 def _run_command(block: Block, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a command of the program in this process."""
     context = parse(command.words, is_whole=True)
-    words = list(command.words)
-    for option, small in SMALL_ARGUMENTS.items():
-        if option in words:
-            words[words.index(option) + 1] = small
+    words = [*command.words, *SMALL_ARGUMENTS.get(context.info_name, ())]
     target = context.params.get("out_folder")
     if context.info_name in ("enhance", "probe") and target is not None and target.exists():
         shutil.rmtree(target)  # what stood in for the result of this very command
@@ -224,6 +226,9 @@ def _make_small(patch: pytest.MonkeyPatch, tiny: Path, corpus: ParallelCorpus) -
     for module in ("polylens", "polylens.plan", "polylens.corpora.readers"):
         patch.setattr(f"{module}.starter_corpus", lambda: corpus)
     patch.setitem(PRESETS, "default", SMALL_PRESET)  # type: ignore[arg-type]
+    # A random model of four layers has no layers in the middle that tell languages apart.
+    patch.setattr("polylens.steering.upper_layers", lambda _: (2,))
+    patch.setattr("polylens.steering._SEPARABLE_RATIO", 0.0)
 
 
 def _write_texts(folder: Path, corpus: ParallelCorpus) -> None:
