@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ import pytest
 from typer.main import get_command
 
 import polylens
+from polylens.baselines import FewShotSettings
 from polylens.cli import app, main, options
 from polylens.cli.baseline import _SETTINGS, Kind
-from polylens.baselines import FewShotSettings
 from polylens.config import PRESETS, TrainSettings, check, load_config
 from polylens.corpora import ParallelCorpus, starter_corpus
 from polylens.errors import GateError
 from snippets import PAGES, ROOT, Block, Command, blocks, inline_commands, paths
 from tiny import save_tiny
 
+PROGRAM: Any = get_command(app)
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 COMMANDS = [
     (str(block), command)
@@ -56,9 +57,9 @@ SMALL_CODE = {"n_trials=20": "n_trials=2, n_development=3", "n_heldout=32": "n_h
 
 def parse(words: tuple[str, ...], *, is_whole: bool) -> Any:
     """Parse a command line with the program's own parser, without running it."""
-    group, (_, name, *arguments) = get_command(app), words
+    group, (_, name, *arguments) = PROGRAM, words
     while True:
-        known = group.commands  # type: ignore[attr-defined]
+        known = group.commands
         assert name in known, f"there is no command {name!r}, only {', '.join(known)}"
         group = known[name]
         if not hasattr(group, "commands") or not arguments or arguments[0].startswith("-"):
@@ -127,7 +128,7 @@ def test_what_is_not_run_is_little() -> None:
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a reader who has models, texts, and runs that are done."""
     folder = tmp_path_factory.mktemp("reader")
     corpus = _small_starter()
@@ -151,7 +152,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for when in ("before", "after"):
             target = folder / f"runs/{'a' if when == 'before' else 'b'}/{when}"
             shutil.copytree(folder / RUNS[0] / "evaluation" / when, target)
-    yield folder
+    return folder
 
 
 @pytest.fixture
@@ -202,12 +203,15 @@ def _run_command(block: Block, command: Command, monkeypatch: pytest.MonkeyPatch
         shutil.rmtree(target)  # what stood in for the result of this very command
     monkeypatch.setattr(sys, "argv", words)
     if command.standard_input is not None:
-        monkeypatch.setattr(sys, "stdin", Path(command.standard_input).open(encoding="utf-8"))
+        text = Path(command.standard_input).read_text(encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    code = 0
     try:
         main()
     except SystemExit as end:
-        # A tiny model on three rows cannot show that it was not harmed.
-        assert end.code in (None, 0, GateError.exit_code), f"{block}: {' '.join(command.words)}"
+        code = int(end.code or 0)
+    # A tiny model on three rows cannot show that it was not harmed.
+    assert code in (0, GateError.exit_code), f"{block}: {' '.join(command.words)}"
 
 
 def _small_starter() -> ParallelCorpus:

@@ -24,7 +24,6 @@ from polylens.subspaces import probe_subspaces
 LANGUAGES = ("en", "sw", "ar")
 
 
-
 def examples(values: list[float]) -> list[Example]:
     return [Example(str(i), value) for i, value in enumerate(values)]
 
@@ -133,7 +132,12 @@ def test_the_table_and_the_verdict_hold_the_counts(data: ReportData) -> None:
         "Better beyond chance: Swahili, answers in the language 0.000 → 1.000 "
         f"({certain.low:+.3f} to +1.000). Chance may explain the changes of the other 3 figures."
     )
-    for text in ("1 → 3 of 4", "1.500 → 1.250", "1.2 %", f"+100 ({100 * certain.low:+.0f} to +100)"):
+    for text in (
+        "1 → 3 of 4",
+        "1.500 → 1.250",
+        "1.2 %",
+        f"+100 ({100 * certain.low:+.0f} to +100)",
+    ):
         assert text in page
     assert page.count('class="sample"') == 3 * 6  # six a language
 

@@ -79,8 +79,9 @@ def render_report(data: ReportData) -> str:
         figures["map"] = _figure(subspace_map(before, after, data.subspaces, data.map_layer), "map")
     figures["losses"] = _figure(loss_curves(data.training_log), "losses")
     figures["probe"] = _figure(probe_figure(data.subspaces), "probe")
-    evaluation, colours = data.evaluation, language_colours(
-        data.subspaces.languages, data.subspaces.central
+    evaluation, colours = (
+        data.evaluation,
+        language_colours(data.subspaces.languages, data.subspaces.central),
     )
     measures = {"after": evaluation.measures}
     figures |= comparison_figures(measures, {}, evaluation.central)
