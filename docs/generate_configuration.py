@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the fields of the settings; with --check, fail if it is stale."""
+"""Write docs/configuration.md from the settings' fields; with --check, fail if it is stale."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ PAGE = Path(__file__).parent / "configuration.md"
 
 HEAD = """# Configuration
 
-Every setting, generated from `src/polylens/config.py` by `make docs`. Values come, lowest first, from the defaults below, the preset,
-the YAML file, and the command line: `train.epochs=5`, or a flag where there is one ([command line](cli.md)). A misspelt key fails and
-names its place. `resolved.yaml` in a run's folder holds every value as used.
+Every setting, generated from `src/polylens/config.py` by `make docs`. Values come, lowest first,
+from the defaults below, the preset, the YAML file, and the command line: `train.epochs=5`, or a
+flag where there is one ([command line](cli.md)). A misspelt key fails and names its place.
+`resolved.yaml` in a run's folder holds every value as used.
 
 ```bash
-polylens enhance examples/laptop.yaml train.epochs=5 train.strength='{sw: 1, es: 0.5, zh: 1}' --out runs/laptop
+polylens enhance examples/laptop.yaml train.epochs=5 train.strength='{sw: 1, es: 0.5}'
 ```
 """
 
 OPTIONS = """## How a run is carried out
 
-Options of the commands, with dashes (`--token-budget`). They stand in no file, since they are not meant to change the numbers.
+Options of the commands, with dashes (`--token-budget`). They stand in no file, since they are not
+meant to change the numbers.
 """
 
 BASELINES = """## Baselines
 
-`polylens baseline KIND -s key=value` ([baselines](baselines.md)). What a kind shares with `train` above has the same default, but where the
-table says otherwise.
+`polylens baseline KIND -s key=value` ([baselines](baselines.md)). What a kind shares with `train`
+above has the same default, but where the table says otherwise.
 """
 
 KINDS: Mapping[str, type[BaseModel]] = {

@@ -18,6 +18,7 @@ _LONGEST = 80
 
 # Individual languages whose macrolanguage code is what corpora and detectors use.
 _USUAL = {"cmn": "zh", "arb": "ar", "swh": "sw", "nob": "no", "ekk": "et", "zsm": "ms", "pes": "fa"}
+_RIGHT_TO_LEFT = {"Adlm", "Arab", "Hebr", "Nkoo", "Rohg", "Syrc", "Thaa"}  # scripts
 
 
 def normalize_language(code: str) -> str:
@@ -84,6 +85,16 @@ def language_name(code: str) -> str:
         'Swahili'
     """
     return str(langcodes.Language.get(code).display_name())
+
+
+def is_right_to_left(code: str) -> bool:
+    """Whether a language is written from right to left.
+
+    Example:
+        >>> is_right_to_left("ar"), is_right_to_left("ur"), is_right_to_left("sw")
+        (True, True, False)
+    """
+    return langcodes.Language.get(code).maximize().script in _RIGHT_TO_LEFT
 
 
 def primary_subtag(code: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ import pytest
 from typer.main import get_command
 
 import polylens
+from polylens.baselines import FewShotSettings
 from polylens.cli import app, main, options
 from polylens.cli.baseline import _SETTINGS, Kind
-from polylens.baselines import FewShotSettings
 from polylens.config import PRESETS, TrainSettings, check, load_config
 from polylens.corpora import ParallelCorpus, starter_corpus
 from polylens.errors import GateError
 from snippets import PAGES, ROOT, Block, Command, blocks, inline_commands, paths
 from tiny import save_tiny
 
+PROGRAM: Any = get_command(app)
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 COMMANDS = [
     (str(block), command)
@@ -43,17 +44,22 @@ N_TRAIN, N_HELDOUT, N_CHARACTERS = 9, 3, 24
 SMALL_PRESET = {
     "train": {"epochs": 1, "batch_size": 4},
     "evaluate": {"rows": N_HELDOUT, "max_new_tokens": 2},
-    "gate": {"steps": 2, "text_margin": 9.0},  # so few rows show nothing
+    "gate": {"steps": 1, "text_margin": 9.0},  # so few rows show nothing
 }
-SMALL_ARGUMENTS = {"--trials": "2", "--development-rows": "3", "--rows": "3"}
+SMALL_ARGUMENTS = {  # the last of an option given twice wins
+    "evaluate": ["--max-new-tokens", "2"],
+    "mt-bench": ["--max-new-tokens", "2"],
+    "search": ["--trials", "2", "--development-rows", "3"],
+    "steer": ["--max-new-tokens", "2"],
+}
 SMALL_CODE = {"n_trials=20": "n_trials=2, n_development=3", "n_heldout=32": "n_heldout=3"}
 
 
 def parse(words: tuple[str, ...], *, is_whole: bool) -> Any:
     """Parse a command line with the program's own parser, without running it."""
-    group, (_, name, *arguments) = get_command(app), words
+    group, (_, name, *arguments) = PROGRAM, words
     while True:
-        known = group.commands  # type: ignore[attr-defined]
+        known = group.commands
         assert name in known, f"there is no command {name!r}, only {', '.join(known)}"
         group = known[name]
         if not hasattr(group, "commands") or not arguments or arguments[0].startswith("-"):
@@ -122,7 +128,7 @@ def test_what_is_not_run_is_little() -> None:
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a reader who has models, texts, and runs that are done."""
     folder = tmp_path_factory.mktemp("reader")
     corpus = _small_starter()
@@ -146,7 +152,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for when in ("before", "after"):
             target = folder / f"runs/{'a' if when == 'before' else 'b'}/{when}"
             shutil.copytree(folder / RUNS[0] / "evaluation" / when, target)
-    yield folder
+    return folder
 
 
 @pytest.fixture
@@ -191,21 +197,21 @@ def _run_python(block: Block, names: dict[str, Any]) -> None:
 def _run_command(block: Block, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a command of the program in this process."""
     context = parse(command.words, is_whole=True)
-    words = list(command.words)
-    for option, small in SMALL_ARGUMENTS.items():
-        if option in words:
-            words[words.index(option) + 1] = small
+    words = [*command.words, *SMALL_ARGUMENTS.get(context.info_name, ())]
     target = context.params.get("out_folder")
     if context.info_name in ("enhance", "probe") and target is not None and target.exists():
         shutil.rmtree(target)  # what stood in for the result of this very command
     monkeypatch.setattr(sys, "argv", words)
     if command.standard_input is not None:
-        monkeypatch.setattr(sys, "stdin", Path(command.standard_input).open(encoding="utf-8"))
+        text = Path(command.standard_input).read_text(encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    code = 0
     try:
         main()
     except SystemExit as end:
-        # A tiny model on three rows cannot show that it was not harmed.
-        assert end.code in (None, 0, GateError.exit_code), f"{block}: {' '.join(command.words)}"
+        code = int(end.code or 0)
+    # A tiny model on three rows cannot show that it was not harmed.
+    assert code in (0, GateError.exit_code), f"{block}: {' '.join(command.words)}"
 
 
 def _small_starter() -> ParallelCorpus:
@@ -224,6 +230,9 @@ def _make_small(patch: pytest.MonkeyPatch, tiny: Path, corpus: ParallelCorpus) -
     for module in ("polylens", "polylens.plan", "polylens.corpora.readers"):
         patch.setattr(f"{module}.starter_corpus", lambda: corpus)
     patch.setitem(PRESETS, "default", SMALL_PRESET)  # type: ignore[arg-type]
+    # A random model of four layers has no layers in the middle that tell languages apart.
+    patch.setattr("polylens.steering.upper_layers", lambda _: (2,))
+    patch.setattr("polylens.steering._SEPARABLE_RATIO", 0.0)
 
 
 def _write_texts(folder: Path, corpus: ParallelCorpus) -> None:

@@ -19,7 +19,7 @@ from polylens.evaluation import Answer, Evaluation
 from polylens.evaluation.fidelity import is_repeating
 from polylens.evaluation.gate import Dial, Verdict
 from polylens.evaluation.measures import Example, Measure
-from polylens.languages import language_name
+from polylens.languages import is_right_to_left, language_name
 from polylens.model_card import CITATION
 from polylens.report.plots import (
     difference_figure,
@@ -274,4 +274,6 @@ def _render(name: str, **values: Any) -> str:
     )
     environment.filters["language"] = language_name
     environment.tests["repeating"] = is_repeating
+    # `dir="auto"` goes by the first letter, which may be that of a foreign name.
+    environment.tests["right_to_left"] = is_right_to_left
     return environment.get_template(name).render(plotly=Markup(get_plotlyjs()), **values)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -430,6 +429,8 @@ def _styled(figure: go.Figure, height: int) -> go.Figure:
         hoverlabel={"font": {"family": "system-ui, sans-serif"}},
     )
     figure.update_annotations(font_size=12.5)
-    figure.update_xaxes(gridcolor=_LINE, zeroline=False, linecolor=_LINE, automargin=True)
-    figure.update_yaxes(gridcolor=_LINE, zeroline=False, linecolor=_LINE, automargin=True)
+    for update in (figure.update_xaxes, figure.update_yaxes):  # 1e-5, not 10µ
+        update(
+            exponentformat="e", gridcolor=_LINE, zeroline=False, linecolor=_LINE, automargin=True
+        )
     return figure
