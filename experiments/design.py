@@ -36,12 +36,14 @@ class Setting:
         settings: those of the method that differ from its own defaults.
         rows: training rows; None takes all.
         agnostic: form of the agnostic subspace that Lens aligns in.
+        dial: strength at which the change is measured.
     """
 
     method: Method = "lens"
     settings: dict[str, Any] = field(default_factory=dict)
     rows: int | None = None
     agnostic: Literal["mean", "complement"] = "mean"
+    dial: float = 1.0
 
 
 # The published mathematics and weights; on the starter corpus's rows, so that methods differ alone.
@@ -64,6 +66,9 @@ SETTINGS: dict[str, Setting] = {
     "kl10": lens(**_KL, retain_weight=10.0),
     "auto": lens(**_AUTO),
     "auto-kl10": lens(**_AUTO, retain_weight=10.0),
+    "auto-kl10-half": Setting("lens", {**_PAPER, **_AUTO, "retain_weight": 10.0}, dial=0.5),
+    "auto-kl10-slow": lens(**{**_AUTO, "learning_rate": 1e-5}, retain_weight=10.0),
+    "answer-kl10": lens(**_AUTO, position="answer", retain_weight=10.0),
     "auto-states": lens(**_FASTER, strength="auto"),
     "rank16": lens(**{**_AUTO, "learning_rate": 1e-3}, update_rank=16),
     "answer": lens(**_AUTO, position="answer"),

@@ -10,6 +10,7 @@ is kept, in experiments/results/MODEL/SPLIT/, so that a run that was stopped goe
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import sys
@@ -93,10 +94,8 @@ def make_deltas(
     """Train, or read what was trained; deltas lie in runs/, not in the repository."""
     folder = Path("runs/experiments") / spec
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {
-        name: folder / f"{name}-{seed}-{_digest(SETTINGS[name])}.safetensors" for name in names
-    }
-    left = [name for name in names if not paths[name].exists()]
+    paths = {name: folder / f"{_digest(SETTINGS[name])}-{seed}.safetensors" for name in names}
+    left = [name for name in {paths[n]: n for n in names}.values() if not paths[name].exists()]
     for name in left:
         if SETTINGS[name].method != "lens":
             _save(_baseline(model, SETTINGS[name], seed), paths[name])
@@ -111,12 +110,13 @@ def make_deltas(
 
 
 def _digest(setting: Setting) -> str:
-    return hashlib.sha256(repr(setting).encode()).hexdigest()[:12]
+    trained = dataclasses.replace(setting, dial=1.0)
+    return hashlib.sha256(repr(trained).encode()).hexdigest()[:12]
 
 
 def _save(delta: CrownDelta, path: Path) -> None:
     delta.save(path)
-    print(f"{path.stem}: trained", file=sys.stderr, flush=True)
+    print(f"{path.name}: trained", file=sys.stderr, flush=True)
 
 
 def _lens(
@@ -174,13 +174,17 @@ def measure(
 ) -> None:
     """Measure what is not there yet, part by part."""
     names = ["base", *(f"{name}-{seed}" for name in deltas)]
-    candidates = [Candidate(), *map(Candidate, deltas.values())]
+    candidates = [
+        Candidate(),
+        *(Candidate(delta, SETTINGS[name].dial) for name, delta in deltas.items()),
+    ]
     files = [folder / f"{name}.json" for name in names]
     contents = [read_json(path) if path.exists() else {"parts": {}} for path in files]
     for content, candidate in zip(contents, candidates, strict=True):
         if candidate.delta is not None:
             known = candidate.delta.metadata
             content["settings"] = known["settings"]
+            content["strength"] = candidate.strength
         content["versions"] = versions()
     for part in given.parts.split(","):
         left = [i for i, content in enumerate(contents) if part not in content["parts"]]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from polylens.models.structure import DecoderStructure
 
-# States that go through the head at a time: at 150,000 tokens of vocabulary, 0.3 GB of logits. Fewer
-# reach less of the machine's rate: 256 rows 90 %, 96 rows 70 %.
+# States that go through the head at a time: at 150,000 tokens of vocabulary, 0.3 GB of logits.
+# Fewer reach less of the machine's rate: 256 rows 90 %, 96 rows 70 %.
 LOGIT_ROWS = 512
 
 StateBatch = tuple[Sequence[int], Tensor, Tensor]
