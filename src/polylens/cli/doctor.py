@@ -183,7 +183,7 @@ def _print_forecast(signs: Mapping[str, Signs], central: str) -> None:
         if language != central:
             sentence = forecast(own, central).sentence
             out.print(f"  {language_name(language)}: {sentence}.", highlight=False, markup=False)
-    out.print("\n  How these rules were had, and how far to trust them: docs/evaluation.md")
+    out.print('\n  The rules, and how far to trust them: docs/runs.md, "Will it work?"')
 
 
 def environment(device: str) -> dict[str, Any]:
