@@ -354,7 +354,8 @@ def test_models_and_doctor(run: Any, tiny_folder: Path) -> None:
 FORECAST = ["doctor", "--languages", "sw,zh", "train.rows=3", "evaluate.rows=2"]
 
 
-def test_a_forecast(run: Any, tiny_folder: Path) -> None:
+def test_a_forecast(run: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polylens.forecast.MAX_NEW_TOKENS", 2)
     code, out, err = run(*FORECAST, "--model", tiny_folder, "--forecast", "--json")
     assert code == 0, err
     found = json.loads(out)["forecast"]
