@@ -27,9 +27,11 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/python docs/generate_cli.py --check
+	$(BIN)/python docs/generate_configuration.py --check
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_configuration.py
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 

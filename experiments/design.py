@@ -70,6 +70,7 @@ SETTINGS: dict[str, Setting] = {
     "auto-kl10-slow": lens(**{**_AUTO, "learning_rate": 1e-5}, retain_weight=10.0),
     "answer-kl10": lens(**_AUTO, position="answer", retain_weight=10.0),
     "auto-states": lens(**_FASTER, strength="auto"),
+    "auto-states10": lens(**_FASTER, strength="auto", retain_weight=10.0),
     "rank16": lens(**{**_AUTO, "learning_rate": 1e-3}, update_rank=16),
     "answer": lens(**_AUTO, position="answer"),
     "answer-states": lens(**_FASTER, position="answer"),

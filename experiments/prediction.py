@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 
 from design import CENTRAL
 from polylens.evaluation.statistics import holm
-from polylens.forecast import Outlook, Signs, forecast
+from polylens.forecast import Outlook, Signs, forecast_gain
 
 SIGNS = {
     "told apart": "separability",
@@ -132,7 +132,7 @@ def sentence_table(cases: Sequence[Case], settings: Sequence[str]) -> str:
     heads = ["model", "language", "answers in it", "bits, relative", "said", *settings]
     lines = [f"| {' | '.join(heads)} |", f"|{'-|' * len(heads)}"]
     for case in cases:
-        said = forecast(case.signs, CENTRAL).outlook
+        said = forecast_gain(case.signs, CENTRAL).outlook
         cells = [
             case.model,
             case.language,
@@ -157,7 +157,7 @@ def how_often_right(cases: Sequence[Case], setting: str) -> str | None:
     known = [(case, outcome) for case, outcome in outcomes if outcome is not None]
     if not known:
         return None
-    n_right = sum(forecast(case.signs, CENTRAL).outlook == outcome for case, outcome in known)
+    n_right = sum(forecast_gain(case.signs, CENTRAL).outlook == outcome for case, outcome in known)
     ((commonest, n_commonest),) = Counter(outcome for _, outcome in known).most_common(1)
     return (
         f"`{setting}`: the sentence was right for {n_right} of {len(known)}; "

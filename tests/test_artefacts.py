@@ -78,7 +78,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="is full; free some space") as error:
         write_json(tmp_path / "x.json", {})
-    assert error.value.exit_code == 2
+    assert error.value.exit_code == 1
     assert os.listdir(tmp_path) == []
 
 

@@ -12,6 +12,7 @@ from typer.main import get_command
 
 from polylens.cli import app
 from polylens.corpora import starter_corpus
+from polylens.run import STAGES
 from tiny import build, save_tiny, tiny_tokenizer
 
 QUICK = [
@@ -433,6 +434,20 @@ def test_ctrl_c_ends_in_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert err.splitlines() == [
         "Interrupted. What was finished is kept; run the same command to go on."
     ]
+
+
+def test_a_program_can_watch_a_run(run: Any, tiny_folder: Path) -> None:
+    code, _, err = run(
+        "enhance", "--model", tiny_folder, "--languages", "sw", "--out", "run", "--progress-lines",
+        *QUICK,
+    )  # fmt: skip
+    assert code == 0, err
+    told = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
+    assert tuple(dict.fromkeys(line["stage"] for line in told if line["stage"])) == STAGES
+    training = [line for line in told if line.get("what") == "training"]
+    assert (training[0]["done"], training[0]["seconds_left"]) == (0, None)
+    assert training[-1]["done"] == training[-1]["total"] == 6
+    assert all(line["seconds_left"] >= 0 for line in told if line.get("done"))
 
 
 def test_help_of_every_command_has_examples(run: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from polylens import forecast as module
 from polylens.corpora import ParallelCorpus, starter_corpus
 from polylens.errors import CorpusError
-from polylens.forecast import ANSWERED, HARDLY_KNOWN, Signs, forecast, measure_signs
+from polylens.forecast import ANSWERED, HARDLY_KNOWN, Signs, forecast_gain, measure_signs
 from polylens.models.loading import LanguageModel
 from polylens.prompts import choose_format
 
@@ -68,7 +68,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[int]]:
     ],
 )
 def test_the_rules(changes: dict[str, float], outlook: str, said: str) -> None:
-    found = forecast(dataclasses.replace(SIGNS, **changes), "en")  # type: ignore[arg-type]
+    found = forecast_gain(dataclasses.replace(SIGNS, **changes), "en")  # type: ignore[arg-type]
     assert found.outlook == outlook
     assert said in found.sentence
 

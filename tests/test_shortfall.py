@@ -64,6 +64,7 @@ def test_auto_trains_as_the_strengths_it_finds(
 ) -> None:
     subspaces = probe(llama, rows.to_corpus(), languages=LANGUAGES)
     how: dict[str, Any] = {"epochs": 1, "max_tokens": 64, "position": position}
+    how["loss_layers"] = "trained"
     asked: list[Any] = []
     answer = shortfall.generate_answers
 

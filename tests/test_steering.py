@@ -306,6 +306,23 @@ def test_a_forward_that_failed_half_way_leaves_nothing_for_the_next(llama: Langu
         assert torch.equal(logits(llama), expected)
 
 
+def test_a_pass_that_stopped_half_way_leaves_nothing_for_the_next(llama: LanguageModel) -> None:
+    prompts = random_prompts(3, (5, 9, 9))
+    steering = steered(llama, [Removal(1.0, (1,), reinsert=1.0, reinsert_at=LAST)])
+
+    def whole() -> Tensor:
+        found = collect_hidden_states(llama.structure, prompts, Keep(pooling="last"))
+        assert found.pooled is not None
+        return found.pooled
+
+    with steering.applied(llama.structure):
+        expected = whole()
+        others = [ids[::-1] for ids in prompts]  # as long, so that what is left over would fit
+        collect_hidden_states(llama.structure, others, Keep(boundary_layers=(2,)))
+        assert torch.equal(whole(), expected)
+    assert llama.structure.on_pass == []
+
+
 def test_a_streamed_model_is_steered_as_one_in_memory(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "tiny")
     found = []

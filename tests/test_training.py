@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from polylens.subspaces import Subspaces, probe_subspaces
 from polylens.training import (
     ParallelStates,
     TrainingResult,
+    boundary_layers,
+    state_layers,
     train_crown,
     trained_layers,
 )
@@ -53,7 +56,8 @@ def setting(
 ) -> tuple[Subspaces, ParallelStates]:
     ids, rows = prompts()
     ids = [[*prefix, *one] for one in ids]
-    keep = Keep(pooling="last", boundary_layers=(N_LAYERS - layers,), final=True)
+    crown = tuple(range(N_LAYERS - layers, N_LAYERS))
+    keep = Keep(pooling="last", boundary_layers=crown, final=True)
     states = collect_hidden_states(model.structure, ids, keep)
     assert states.pooled is not None
     by_language = {
@@ -71,11 +75,14 @@ def train(model: LanguageModel, **settings: Any) -> TrainingResult:
     return train_crown(model.structure, subspaces, parallel, chosen, token_budget=24)
 
 
-@pytest.mark.parametrize("position", ["last", "mean", "all", "answer"])
+@pytest.mark.parametrize(
+    ("position", "loss_layers"),
+    [("last", "last"), ("mean", "last"), ("all", "last"), ("answer", "trained")],
+)
 def test_sharing_a_prefix_and_cutting_a_step_into_groups_change_nothing(
-    tiny_model: LanguageModel, position: str, monkeypatch: pytest.MonkeyPatch
+    tiny_model: LanguageModel, position: str, loss_layers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = TrainSettings(**{**SETTINGS, "position": position})
+    settings = TrainSettings(**SETTINGS, position=position, loss_layers=loss_layers)
     prefix = [7, 8, 9, 10, 11, 12]
 
     def result() -> TrainingResult:
@@ -176,8 +183,11 @@ def test_first_gradient_equals_that_of_the_whole_model(llama: LanguageModel) -> 
     assert result.log[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
+@pytest.mark.parametrize("loss_layers", ["last", "trained"])
 @pytest.mark.parametrize("position", ["last", "mean", "all", "answer"])
-def test_second_losses_equal_those_of_two_whole_models(llama: LanguageModel, position: str) -> None:
+def test_second_losses_equal_those_of_two_whole_models(
+    llama: LanguageModel, position: str, loss_layers: str
+) -> None:
     """After one step on all rows, by transformers' own forward, one prompt at a time."""
     subspaces, parallel = setting(llama, answered=position == "answer")
     ids, rows = prompts()
@@ -185,16 +195,23 @@ def test_second_losses_equal_those_of_two_whole_models(llama: LanguageModel, pos
 
     def trained(epochs: int) -> TrainingResult:
         settings = TrainSettings(
-            **{**SETTINGS, "batch_size": N_ROWS, "epochs": epochs}, position=position, strength=2.0
+            **{**SETTINGS, "batch_size": N_ROWS, "epochs": epochs},
+            position=position,
+            loss_layers=loss_layers,
+            strength=2.0,
         )
         return train_crown(llama.structure, subspaces, parallel, settings, token_budget=24)
 
+    # Transformers' entry: that of layer 2 comes after the embedding and two layers below.
+    entry_of = {N_LAYERS: N_LAYERS} | ({2: 3} if loss_layers == "trained" else {})
+
     @torch.no_grad()
-    def whole() -> list[torch.Tensor]:
-        return [
-            llama.causal_lm(torch.tensor([one]), output_hidden_states=True).hidden_states[-1][0]
+    def whole() -> dict[int, list[torch.Tensor]]:
+        outputs = [
+            llama.causal_lm(torch.tensor([one]), output_hidden_states=True).hidden_states
             for one in ids
         ]
+        return {k: [one[entry][0] for one in outputs] for k, entry in entry_of.items()}
 
     def read(states: list[torch.Tensor], index: int) -> torch.Tensor:
         own = states[index]
@@ -209,20 +226,21 @@ def test_second_losses_equal_those_of_two_whole_models(llama: LanguageModel, pos
     logged = trained(2).log[1]
     n_prompt = [len(one) - n + 1 for one, n in zip(ids, n_answer, strict=True)]
     retain = [
-        (now[c][: n_prompt[c]].mean(0) - before[c][: n_prompt[c]].mean(0)).square().mean()
+        (now[k][c][: n_prompt[c]].mean(0) - before[k][c][: n_prompt[c]].mean(0)).square().mean()
         for c in (row["en"] for row in rows)
+        for k in entry_of
     ]
     assert logged["retain"] == pytest.approx(float(torch.stack(retain).mean()), rel=1e-3)
     for language in ("sw", "zh"):
-        goal = 2 * subspaces.direction(language, N_LAYERS).float()
         align, separate = [], []
-        for row in rows:
+        for k, row in itertools.product(entry_of, rows):
             if language not in row:
                 continue
-            target, centre = read(now, row[language]), read(now, row["en"])
-            gap = subspaces.project_agnostic(target.mean(0) - centre.mean(0), N_LAYERS)
+            goal = 2 * subspaces.direction(language, k).float()
+            target, centre = read(now[k], row[language]), read(now[k], row["en"])
+            gap = subspaces.project_agnostic(target.mean(0) - centre.mean(0), k)
             align.append(gap.square().mean())
-            moved = subspaces.project_specific(target - read(before, row[language]), N_LAYERS)
+            moved = subspaces.project_specific(target - read(before[k], row[language]), k)
             separate.append((moved - goal).square().mean(-1).mean())
         for name, values in (("align", align), ("separate", separate)):
             expected = float(torch.stack(values).mean())
@@ -444,6 +462,33 @@ def test_a_loss_that_is_not_finite_stops_at_once(llama: LanguageModel) -> None:
 )
 def test_layers(layers: Any, expected: tuple[int, ...]) -> None:
     assert trained_layers(TrainSettings(layers=layers), N_LAYERS) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "read", "entered"),
+    [
+        ({}, (4,), (2,)),
+        ({"state": "residual"}, (3,), (2,)),
+        ({"loss_layers": "trained"}, (2, 4), (2, 3)),
+        ({"loss_layers": "trained", "layers": 1}, (4,), (3,)),
+        ({"loss_layers": "trained", "layers": (0, 2), "state": "residual"}, (0, 2, 3), (0, 1, 3)),
+    ],
+)
+def test_layers_that_losses_read_and_that_are_kept(
+    settings: dict[str, Any], read: tuple[int, ...], entered: tuple[int, ...]
+) -> None:
+    chosen = TrainSettings(**settings)
+    assert state_layers(chosen, N_LAYERS) == read
+    assert boundary_layers(chosen, N_LAYERS) == entered
+
+
+def test_losses_of_several_layers_leave_the_lone_last_one_as_it_was(llama: LanguageModel) -> None:
+    last, alone = (
+        train(llama, loss_layers=which, layers=1, epochs=1) for which in ("last", "trained")
+    )
+    assert last.log == alone.log
+    several = train(llama, loss_layers="trained", retain="distribution", epochs=6)
+    assert several.log[-1]["loss"] < several.log[0]["loss"]
 
 
 @pytest.mark.parametrize(

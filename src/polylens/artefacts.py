@@ -15,18 +15,27 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from polylens.errors import CorruptFileError, PolyLensError, StorageError
+from polylens.errors import (
+    CorruptFileError,
+    DiskFullError,
+    PolyLensError,
+    StorageError,
+    UsageError,
+)
+
+T = TypeVar("T")
 
 # One entry holds everything: safetensors writes several in an order that differs from run to run.
 _METADATA_KEY = "polylens"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MACHINE = f"{uuid.getnode():x}"  # temporary names tell whose they are
 
 
@@ -38,15 +47,16 @@ def readable_storage_errors(path: Path) -> Iterator[None]:
     except PolyLensError:  # some of them are OSErrors too
         raise
     except OSError as error:
-        raise StorageError(_explain(error, path)) from error
+        kind = DiskFullError if error.errno in _FULL else StorageError
+        raise kind(_explain(error, path)) from error
     except SafetensorError as error:  # safetensors wraps the operating system's error in its own
         if "No space left" in str(error) or "os error 28" in str(error):
-            raise StorageError(_explain(OSError(errno.ENOSPC, ""), path)) from error
+            raise DiskFullError(_explain(OSError(errno.ENOSPC, ""), path)) from error
         raise
 
 
 def _explain(error: OSError, path: Path) -> str:
-    if error.errno == errno.ENOSPC:
+    if error.errno in _FULL:
         return (
             f"the disk that holds {path} is full; free some space or choose another folder, then "
             "run again"
@@ -67,6 +77,23 @@ def _explain(error: OSError, path: Path) -> str:
     )
 
 
+def user_path(given: str | Path) -> Path:
+    """Return the path that a user named, "~" expanded.
+
+    Raises:
+        UsageError: it can be the name of no file.
+    """
+    try:
+        path = Path(given).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a NUL
+        raise UsageError(
+            f"a path must be one that this system can have, got {str(given)[:80]!r} ({error}); "
+            "check it"
+        ) from error
+    return path
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, which takes its name on success and goes on failure.
@@ -79,7 +106,8 @@ def writing(path: Path) -> Iterator[Path]:
         A path that does not exist yet; make a file or a folder of it.
 
     Raises:
-        StorageError: the disk is full or the place cannot be written.
+        DiskFullError: the disk is full.
+        StorageError: the place cannot be written.
     """
     with readable_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +179,36 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2, sort_keys=False) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """Read a text file of any origin, with or without a byte order mark.
+
+    Raises:
+        StorageError: it cannot be read, or is not UTF-8.
+    """
+    with readable_storage_errors(path):
+        content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise StorageError(f"{path} must be text in UTF-8, but is not; convert it") from error
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON of any origin.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply, or holds half a surrogate pair, which is
+            no text and could never be written again.
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file that PolyLens wrote.
 
@@ -159,12 +217,33 @@ def read_json(path: Path) -> Any:
         StorageError: the file cannot be read.
     """
     with readable_storage_errors(path):
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     try:
-        return json.loads(text)
+        return parse_json(content.decode("utf-8"))
     except ValueError as error:
         raise CorruptFileError(
             f"{path} must hold JSON, but it is damaged ({error}); delete it and run again"
+        ) from error
+
+
+def read_object(path: Path, make: Callable[[Any], T]) -> T:
+    """Read an object that PolyLens wrote as JSON.
+
+    Args:
+        path: the file.
+        make: makes the object of its plain values.
+
+    Raises:
+        CorruptFileError: the file cannot be parsed, or is not of such an object.
+        StorageError: the file cannot be read.
+    """
+    values = read_json(path)
+    try:
+        return make(values)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CorruptFileError(
+            f"{path} must be as PolyLens wrote it, but is damaged or changed ({error!r}); delete "
+            "it and run again"
         ) from error
 
 
@@ -209,9 +288,11 @@ def load_tensors(
             )
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+                metadata = parse_json((file.metadata() or {}).get(_METADATA_KEY, "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, ValueError) as error:
+            if not isinstance(metadata, dict):
+                raise ValueError("its metadata is no object")
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CorruptFileError(
                 f"{path} must be a safetensors file, but it is damaged ({error}); delete it and "
                 "run again"
@@ -223,6 +304,12 @@ def load_tensors(
             "run again"
         )
     return tensors, metadata
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensor_digest(tensor: torch.Tensor) -> bytes:

@@ -7,6 +7,7 @@ help texts of the command line.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -104,6 +105,11 @@ class TrainSettings(CrownSettings):
     state: Literal["normed", "residual"] = Field(
         "normed",
         description="Last layer's state after ('normed') or before ('residual') the final norm.",
+    )
+    loss_layers: Literal["last", "trained"] = Field(
+        "last",
+        description="Layers whose states the losses read, averaged over them: the 'last' alone, or "
+        "every 'trained' one too.",
     )
     strength: float | Literal["auto"] | dict[str, float] = Field(
         1.0,
@@ -343,6 +349,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "position": "last",
             "max_answer_tokens": 16,
             "state": "normed",
+            "loss_layers": "last",
             "strength": 1.0,
             "align_weight": 1.0,
             "separate_weight": 1.0,
@@ -424,6 +431,15 @@ def dump_yaml(config: BaseModel) -> str:
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values alone, written out: a few lines of aliases can stand for billions of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not understood; write the value out")
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds keys and values.
 
@@ -431,12 +447,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, or holds something else.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        json.dumps(loaded, ensure_ascii=False, default=str).encode()  # half a surrogate pair fails
     except OSError as error:
         raise ConfigError(
             f"{path} must be a readable YAML file, but is not ({error.strerror}); check the path"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path} must be YAML, but is nested too deeply; mend it") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # also dates that there are not
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} must be YAML, but is not ({reason}); mend it") from error
     if not isinstance(loaded, dict):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from polylens.artefacts import load_tensors, save_tensors
-from polylens.errors import ModelError, UsageError
+from polylens.errors import CorruptFileError, ModelError, UsageError
 from polylens.hidden_states import HiddenStates, gather, token_batches
 from polylens.models.structure import Calls, DecoderStructure, run_layer_at
 from polylens.token_budget import best_token_budget
@@ -140,6 +140,32 @@ class Crown(nn.Module):
             for batch in token_batches(lengths, token_budget, _TRAINING_BATCH_COST)
         )
         yield from _run_batches(run, states, self.boundary_layer, batches, prefix, n_last)
+
+    @contextlib.contextmanager
+    def noting(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Note the outputs of some layers below the last one, as they run; gradients flow.
+
+        Yields:
+            Layer → (batch, seq_len, hidden_size) float32, of the batch that ran last.
+        """
+        outputs: dict[int, Tensor] = {}
+
+        def note(index: int) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                states = output[0] if isinstance(output, tuple) else output
+                outputs[index] = states.float()
+
+            return hook
+
+        handles = [
+            self.layers[index - self.boundary_layer].register_forward_hook(note(index))
+            for index in layers
+        ]
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the weights in training under their names within the whole model."""
@@ -327,6 +353,9 @@ class CrownDelta:
                 f"a delta must be applied to the model it was trained on, but {path} belongs to "
                 f"another one ({metadata.get('model', 'unknown')}); load that model"
             )
+        layers = metadata.get("layers")
+        if not isinstance(layers, list) or not all(isinstance(one, int) for one in layers):
+            raise CorruptFileError(f"{path} must say which layers it changes; train again")
         return cls(tensors, metadata)
 
     def weights(

@@ -64,6 +64,12 @@ class StorageError(PolyLensError, OSError):
     exit_code = 2
 
 
+class DiskFullError(StorageError):
+    """The disk is full: nothing half-written stays, and the same command goes on from there."""
+
+    exit_code = 1
+
+
 class CorruptFileError(StorageError):
     """A file of ours fails its checksum or cannot be parsed."""
 

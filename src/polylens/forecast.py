@@ -1,9 +1,9 @@
 """Will it work? What a run is likely to bring each language, from signs that cost minutes.
 
 `measure_signs` looks at the untouched model: how it tells languages apart, what their texts cost it
-in tokens and bits, and what it answers. `forecast` makes a sentence of one language's signs, by
-rules that are few and coarse. How well signs and sentences have predicted measured gains is in
-docs/results.md; what a run costs is `polylens.plan`'s.
+in tokens and bits, and what it answers. `forecast_gain` makes a sentence of one language's signs,
+by rules that are few and coarse. `experiments/prediction.py` compares both with measured gains;
+what a run costs is `polylens.plan`'s.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Forecast:
     sentence: str
 
 
-def forecast(signs: Signs, central: str) -> Forecast:
+def forecast_gain(signs: Signs, central: str) -> Forecast:
     """Say what a run is likely to bring a language.
 
     Args:
@@ -154,7 +154,7 @@ def measure_signs(
             `N_ANSWERS` are answered.
         central: the central language.
         languages: target languages.
-        layer: whose states training reads, in the package's layer convention; None takes those
+        layer: the highest whose states training reads, in the package's layer convention; None takes those
             after the final norm.
         template: "auto", "chat", "plain" or a Jinja file.
         max_tokens: longest prompt.

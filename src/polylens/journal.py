@@ -1,6 +1,8 @@
 """What a run has done: one line of JSON a finished stage, appended and synced.
 
-A stage is finished when its line is there; a line that a kill cut short does not count.
+A stage is finished when its line is there; a line that a kill cut short does not count. The line
+holds the checksums of the files that the stage left, so that damage is noticed before they are
+used.
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from polylens.artefacts import readable_storage_errors
+from polylens.artefacts import file_sha256, parse_json, readable_storage_errors
+from polylens.errors import CorruptFileError
 from polylens.memory import PeakMemory
 
 LIBRARIES = ("polylens", "torch", "transformers", "tokenizers", "safetensors", "py3langid")
@@ -28,23 +31,64 @@ class Journal:
         self.path = path
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return every whole line, in order."""
-        if not self.path.exists():
-            return []
+        """Return every whole line, in order.
+
+        Raises:
+            CorruptFileError: a line is damaged.
+        """
         with readable_storage_errors(self.path):
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+            content = self.path.read_bytes() if self.path.exists() else b""
+        try:
+            lines = content[: content.rfind(b"\n") + 1].decode("utf-8").split("\n")
+            entries = [parse_json(line) for line in lines if line]
+            for entry in entries:
+                if not isinstance(entry["stage"], str):
+                    raise TypeError("a stage has no name")
+                dict(entry.get("files", {}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptFileError(
+                f"{self.path} must hold a finished stage in each line, but is damaged ({error!r}); "
+                "delete it and run again: every stage is then done anew"
+            ) from error
+        return entries
 
     def finished(self, stage: str) -> dict[str, Any] | None:
         """Return the newest entry of a finished stage; None if it has none."""
         return next((e for e in reversed(self.entries()) if e["stage"] == stage), None)
 
+    def check(self, outputs: Iterable[Path]) -> None:
+        """Compare files and folders with what the stages that made them noted.
+
+        Args:
+            outputs: of stages; those that nothing is noted of are taken as they are.
+
+        Raises:
+            CorruptFileError: one was changed or damaged, or a folder lacks a file.
+        """
+        noted: dict[str, str] = {}
+        for entry in self.entries():
+            noted.update(entry.get("files", {}))
+        for output in outputs:
+            name = output.relative_to(self.path.parent).as_posix()
+            for file, sha256 in noted.items():
+                if file != name and not file.startswith(f"{name}/"):
+                    continue
+                path = self.path.parent / file
+                with readable_storage_errors(path):
+                    if path.is_file() and file_sha256(path) == sha256:
+                        continue
+                raise CorruptFileError(
+                    f"{path} must be as the run left it, but was damaged or changed; restore it, "
+                    f"or delete {output} to have it made again"
+                )
+
     @contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+    def stage(self, name: str, outputs: Iterable[Path] = ()) -> Iterator[dict[str, Any]]:
         """Run a stage and note it if it does not raise.
 
         Args:
             name: of the stage.
+            outputs: files and folders that it leaves, whose checksums are noted.
 
         Yields:
             A dictionary; what is put in is noted too.
@@ -60,9 +104,23 @@ class Journal:
                 "peak_memory_bytes": peak.bytes,
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 **noted,
+                "files": self._checksums(outputs),
                 "versions": versions(),
             }
         )
+
+    def _checksums(self, outputs: Iterable[Path]) -> dict[str, str]:
+        """Return file → SHA-256, by names within the run; a model's card is for people to edit."""
+        found = {}
+        for output in outputs:
+            files = [output] if output.is_file() else sorted(output.rglob("*"))
+            for file in files:
+                name = file.relative_to(self.path.parent)
+                hidden = any(part.startswith(".") for part in name.parts)
+                if file.is_file() and not hidden and file.name != "README.md":
+                    with readable_storage_errors(file):
+                        found[name.as_posix()] = file_sha256(file)
+        return found
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with readable_storage_errors(self.path):

@@ -13,6 +13,9 @@ import langcodes
 
 from polylens.errors import LanguageError, nearest
 
+# Of what is given as a language, in characters; no name is as long.
+_LONGEST = 80
+
 # Individual languages whose macrolanguage code is what corpora and detectors use.
 _USUAL = {"cmn": "zh", "arb": "ar", "swh": "sw", "nob": "no", "ekk": "et", "zsm": "ms", "pes": "fa"}
 
@@ -34,8 +37,8 @@ def normalize_language(code: str) -> str:
     language = _parse(given)
     if language is None:
         raise LanguageError(
-            f"a language must be a BCP 47 code or an English name, got {code!r}"
-            f"{nearest(given.lower(), _known_names())}; for example zh, sw or Bengali"
+            f"a language must be a BCP 47 code or an English name, got {code[:_LONGEST]!r}"
+            f"{nearest(given[:_LONGEST].lower(), _known_names())}; for example zh, sw or Bengali"
         )
     primary = _USUAL.get(language.language or "", language.language)
     full = language.update_dict({"language": primary}).maximize()
@@ -89,15 +92,17 @@ def primary_subtag(code: str) -> str:
 
 
 def _parse(given: str) -> langcodes.Language | None:
+    if len(given) > _LONGEST:  # looking for it would take long
+        return None
     try:
         language = langcodes.Language.get(given.replace("_", "-"))
         if language.is_valid() and language.language and language.language != "und":
             return language
-    except langcodes.tag_parser.LanguageTagError:
+    except (langcodes.tag_parser.LanguageTagError, UnicodeEncodeError):
         pass
     try:
         return langcodes.find(given)
-    except LookupError:
+    except (LookupError, UnicodeEncodeError):  # half a surrogate pair is in no name
         return None
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from polylens import distributed
-from polylens.artefacts import read_json, write_json
+from polylens.artefacts import read_object, write_json
 from polylens.cache import cache_folder
 from polylens.errors import StorageError
 
@@ -152,7 +152,7 @@ def remembered(what: str, measure: Callable[[], Any]) -> Any:
         path = cache_folder() / "machine.json"
         known: dict[str, Any] = {}
         with contextlib.suppress(StorageError):  # also a damaged file: measured again
-            known = read_json(path) if path.exists() else {}
+            known = read_object(path, dict) if path.exists() else {}
         if key not in known:
             known[key] = measure()
             with contextlib.suppress(StorageError):  # it costs time only

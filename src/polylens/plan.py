@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polylens.config import EvaluateSettings, RunConfig, Runtime
+from polylens.config import EvaluateSettings, RunConfig, Runtime, TrainSettings
 from polylens.corpora import ParallelCorpus, read_parallel, read_texts, starter_corpus
 from polylens.corpora.readers import STARTER
 from polylens.detection import LanguageDetector
@@ -32,7 +32,7 @@ from polylens.prompts import (
     encode_texts,
 )
 from polylens.subspaces import check_layers, check_rank
-from polylens.training import state_layer, trained_layers
+from polylens.training import boundary_layers, state_layers, trained_layers
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
     choose_device(runtime.device)
     LanguageDetector((*languages, *config.evaluate.extra_languages))
     # Corpora before the model: a missing file should not wait for a download.
-    probing_corpus = read_texts(config.probe.corpus, languages).select(
+    probing_corpus = read_texts(config.probe.corpus, languages, offline=runtime.offline).select(
         languages, config.probe.texts_per_language, config.seed
     )
     if config.probe.rank is not None:
         check_rank(config.probe.rank, len(languages))
-    training_corpus, heldout_corpus = choose_rows(config)
-    texts = _scored_texts(config.evaluate, languages, heldout_corpus)
+    training_corpus, heldout_corpus = choose_rows(config, offline=runtime.offline)
+    texts = _scored_texts(config.evaluate, languages, heldout_corpus, runtime.offline)
 
     source = resolve(
         config.model, revision=config.revision, offline=runtime.offline, progress=progress
@@ -120,12 +120,12 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
     facts = describe(source.folder, trust_remote_code=runtime.trust_remote_code)
     layers = trained_layers(config.train, facts.n_layers)
     probed = check_layers(config.probe.layers, facts.n_layers + 1)
-    needed = state_layer(config.train, facts.n_layers)
-    if needed not in probed:
-        raise ConfigError(
-            f"probe.layers must hold layer {needed}, whose states training reads, got "
-            f"{list(probed)}; add it or leave probe.layers out"
-        )
+    for needed in state_layers(config.train, facts.n_layers):
+        if needed not in probed:
+            raise ConfigError(
+                f"probe.layers must hold layer {needed}, whose states training reads, got "
+                f"{list(probed)}; add it or leave probe.layers out"
+            )
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
     prompt_format = choose_format(tokenizer, config.template)
     probing = encode_texts(
@@ -192,9 +192,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
             },
         },
         execution=execution,
-        cost=_cost(
-            facts, execution, probing, training, heldout, n_crown_layers, config.train.epochs
-        ),
+        cost=_cost(facts, execution, probing, training, heldout, n_crown_layers, config.train),
     )
 
 
@@ -205,13 +203,14 @@ def _cost(
     training: ParallelPrompts,
     heldout: Heldout,
     n_crown_layers: int,
-    epochs: int,
+    settings: TrainSettings,
 ) -> Cost:
     texts = [ids for prompts in probing.values() for ids in prompts.ids]
     own = n_tokens_run(training.ids)
     tokens = n_tokens_run(texts, once=True) + own + n_tokens_run(heldout.prompts.ids)
     n_layer = facts.n_layer_parameters / facts.n_layers
-    states = execution.dtype.itemsize * facts.hidden_size * 2 * own + 4 * facts.hidden_size * (
+    n_kept = len(boundary_layers(settings, facts.n_layers)) + 1  # and the last layer's output
+    states = execution.dtype.itemsize * facts.hidden_size * n_kept * own + 4 * facts.hidden_size * (
         facts.n_layers + 1
     ) * len(texts)
     # Weights in training, their gradients, and two moments of the optimizer, float32.
@@ -222,14 +221,16 @@ def _cost(
         memory = execution.needed_bytes
     return Cost(
         trunk_flops=2.0 * facts.n_layer_parameters * tokens,
-        crown_flops=6.0 * n_layer * n_crown_layers * own * epochs,
+        crown_flops=6.0 * n_layer * n_crown_layers * own * settings.epochs,
         memory_bytes=memory + min(room, execution.scratch_bytes),
         states_bytes=states,
         output_bytes=facts.n_bytes,
     )
 
 
-def choose_rows(config: RunConfig) -> tuple[ParallelCorpus, ParallelCorpus]:
+def choose_rows(
+    config: RunConfig, *, offline: bool = False
+) -> tuple[ParallelCorpus, ParallelCorpus]:
     """Return the rows to train on and those to evaluate on (with watched languages).
 
     Raises:
@@ -238,12 +239,12 @@ def choose_rows(config: RunConfig) -> tuple[ParallelCorpus, ParallelCorpus]:
     evaluate = config.evaluate
     languages = config.all_languages
     everything = (*languages, *evaluate.extra_languages)
-    corpus = read_parallel(config.train.corpus)
+    corpus = read_parallel(config.train.corpus, offline=offline)
     if evaluate.corpus is None:
         train, heldout = corpus.select(everything).split(evaluate.rows, config.seed)
     else:
         train = corpus.split(0)[0] if corpus.n_heldout else corpus
-        _, heldout = _heldout_of(evaluate, everything, config.seed)
+        _, heldout = _heldout_of(evaluate, everything, config.seed, offline)
     train = train.select(languages).limit(config.train.rows, config.seed)
     seen = {row[config.central] for row in train.rows}
     unseen = tuple(row for row in heldout.rows if row.get(config.central) not in seen)
@@ -267,20 +268,23 @@ def choose_rows(config: RunConfig) -> tuple[ParallelCorpus, ParallelCorpus]:
 
 
 def _heldout_of(
-    evaluate: EvaluateSettings, languages: Sequence[str], seed: int
+    evaluate: EvaluateSettings, languages: Sequence[str], seed: int, offline: bool
 ) -> tuple[ParallelCorpus, ParallelCorpus]:
     assert evaluate.corpus is not None
     if evaluate.corpus == STARTER:
         return starter_corpus().select(languages).split(evaluate.rows, seed)
-    corpus = read_parallel(evaluate.corpus, languages)
+    corpus = read_parallel(evaluate.corpus, languages, offline=offline)
     return corpus, corpus.limit(evaluate.rows, seed)
 
 
 def _scored_texts(
-    evaluate: EvaluateSettings, languages: Sequence[str], heldout: ParallelCorpus
+    evaluate: EvaluateSettings,
+    languages: Sequence[str],
+    heldout: ParallelCorpus,
+    offline: bool,
 ) -> dict[str, tuple[str, ...]]:
     everything = (*languages, *evaluate.extra_languages)
     if evaluate.texts is None:
         return {k: tuple(row[k] for row in heldout.rows if k in row) for k in everything}
-    corpus = read_texts(evaluate.texts, everything)
+    corpus = read_texts(evaluate.texts, everything, offline=offline)
     return dict(corpus.select(everything, evaluate.max_texts).texts)

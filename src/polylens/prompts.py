@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from polylens.artefacts import read_text, user_path
+from polylens.chat_templates import check_template, render_conversation
 from polylens.corpora import Corpus, ParallelCorpus
 from polylens.errors import ConfigError, CorpusError
 
@@ -56,14 +57,8 @@ class PromptFormat:
         """Return the prompt for `text` as one user turn, generation prompt included."""
         if self.template is None:
             return text
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        assert isinstance(rendered, str)
-        return rendered
+        turns = [{"role": "user", "content": text}]
+        return render_conversation(tokenizer, self.template, turns, add_generation_prompt=True)
 
     def render_answer(self, tokenizer: Any, text: str, answer: str) -> str:
         """Return what follows the prompt for `text` when it is answered, end of turn included.
@@ -73,11 +68,8 @@ class PromptFormat:
         end: str = tokenizer.eos_token or ""
         if self.template is None:
             return f"\n\n{answer}{end}"
-        whole = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}, {"role": "assistant", "content": answer}],
-            chat_template=self.template,
-            tokenize=False,
-        )
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        whole = render_conversation(tokenizer, self.template, turns)
         prompt = self.render(tokenizer, text)
         # White space after the end of turn is the next turn's, which no answer reaches.
         return whole[len(prompt) :].rstrip() if whole.startswith(prompt) else answer + end
@@ -90,6 +82,25 @@ class PromptFormat:
         """
         text = f"\n\n{answer}" if self.template is None else answer
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"][:max_tokens])
+
+    def encode_conversation(self, tokenizer: Any, texts: Sequence[str]) -> tuple[int, ...]:
+        """Tokenise a conversation so far as the prompt of its next answer.
+
+        Args:
+            tokenizer: the model's tokenizer.
+            texts: the user's and the assistant's in turn, the user's last; without a template they
+                are parted by an empty line.
+        """
+        if self.template is None:
+            return tuple(tokenizer("\n\n".join(texts))["input_ids"])
+        messages = [
+            {"role": "assistant" if number % 2 else "user", "content": text}
+            for number, text in enumerate(texts)
+        ]
+        rendered = render_conversation(
+            tokenizer, self.template, messages, add_generation_prompt=True
+        )
+        return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
     def encode(self, tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Prompts:
         """Tokenise `texts` as prompts of at most `max_tokens` tokens.
@@ -144,7 +155,8 @@ def choose_format(tokenizer: Any, template: str = "auto") -> PromptFormat:
             the path of a Jinja file with a chat template.
 
     Raises:
-        ConfigError: "chat" for a model without a chat template, or no such file.
+        ConfigError: "chat" for a model without a chat template, no such file, or a template that
+            takes too much time or memory.
     """
     if template == "auto":
         template = CHAT if tokenizer.chat_template else PLAIN
@@ -157,14 +169,23 @@ def choose_format(tokenizer: Any, template: str = "auto") -> PromptFormat:
                 "use template 'plain' or give a Jinja file"
             )
         own = tokenizer.chat_template
-        return PromptFormat(own["default"] if isinstance(own, dict) else own, CHAT)
-    path = Path(template)
+        chosen = own.get("default") if isinstance(own, dict) else own
+        if not isinstance(chosen, str):
+            raise ConfigError(
+                "a chat template must be one text, but the model has several or something else; "
+                "use template 'plain' or give a Jinja file"
+            )
+        check_template(chosen, "the model's")
+        return PromptFormat(chosen, CHAT)
+    path = user_path(template)
     if not path.is_file():
         raise ConfigError(
             "template must be 'auto', 'chat', 'plain' or a Jinja file with a chat template, "
             f"got {template!r}, which is no file; check the path"
         )
-    return PromptFormat(path.read_text(encoding="utf-8"), path.name)
+    text = read_text(path)
+    check_template(text, path.name)
+    return PromptFormat(text, path.name)
 
 
 def require_usable(prompts: Prompts, what: str, max_tokens: int) -> Prompts:
@@ -280,10 +301,10 @@ def encode_parallel(
             f"language that fits in max_tokens with its template, but none does in {max_tokens} "
             "tokens; raise max_tokens or check the rows with `polylens data`"
         )
-    prompts = ParallelPrompts(tuple(ids), tuple(rows), tuple(sources), n_truncated)
+    parallel = ParallelPrompts(tuple(ids), tuple(rows), tuple(sources), n_truncated)
     if max_answer_tokens is None:
-        return prompts
-    return _with_answers(prompts, corpus, prompt_format, tokenizer, max_answer_tokens)
+        return parallel
+    return _with_answers(parallel, corpus, prompt_format, tokenizer, max_answer_tokens)
 
 
 def _with_answers(

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,8 @@ import torch
 from polylens import distributed
 from polylens.artefacts import (
     load_tensors,
-    read_json,
+    read_object,
+    read_text,
     readable_storage_errors,
     remove_leftovers,
     save_tensors,
@@ -31,7 +32,7 @@ from polylens.artefacts import (
 )
 from polylens.config import RunConfig, Runtime, dump_yaml
 from polylens.crown import CrownDelta
-from polylens.errors import CorruptFileError, RunError
+from polylens.errors import RunError
 from polylens.evaluation import (
     Evaluation,
     answer,
@@ -55,6 +56,7 @@ from polylens.evaluation.suite import (
 )
 from polylens.execution import load_as_planned
 from polylens.journal import Journal, versions
+from polylens.locks import LOCK, alone_in
 from polylens.machine import deterministic
 from polylens.merging import choose_dtype, save_model
 from polylens.model_card import model_card
@@ -100,6 +102,20 @@ class RunFolder:
     def plan(self) -> Path:
         """What was read: corpora, counts, model."""
         return self.path / "plan.json"
+
+    def read_plan(self) -> dict[str, Any]:
+        """Read the plan's file.
+
+        Raises:
+            CorruptFileError: it is damaged.
+        """
+
+        def check(values: Any) -> dict[str, Any]:
+            _ = values["template"], values["batch_bytes"], values["model"]["name"]
+            _ = [values["corpora"][role]["name"] for role in ("probing", "training", "heldout")]
+            return dict(values)
+
+        return read_object(self.plan, check)
 
     @property
     def journal(self) -> Journal:
@@ -167,7 +183,7 @@ def _check_inputs(folder: RunFolder, record: Mapping[str, Any]) -> None:
             f"the output folder must be on storage that all processes share, but {folder.path} "
             "is not there for one of them; choose another --out"
         )
-    before, now = read_json(folder.plan), json.loads(json.dumps(record))
+    before, now = folder.read_plan(), json.loads(json.dumps(record))
     for part in ("model", "template", "corpora"):
         if before[part] != now[part]:
             raise RunError(
@@ -224,33 +240,35 @@ def enhance(
     with distributed.first_alone():
         _check_folder(folder, config)
     run = _Run(config, runtime, folder, progress)
-    finished = distributed.from_first([stage for stage in STAGES if run.is_finished(stage)])
-    if len(finished) == len(STAGES):
+    if len(run.finished()) == len(STAGES):  # nothing is written, and a folder may be read-only
         return _result(folder, ())
     with distributed.first_alone():  # what is downloaded or converted, is once
         resolve(config.model, revision=config.revision, offline=runtime.offline, progress=progress)
     plan = run.plan  # everything cheap that can be wrong is found before the folder is made
-    if distributed.is_first():
-        _set_up(folder, config, given, run.record())
-    distributed.wait()
-    _check_inputs(folder, run.record())
-    on_plan(plan)
-    done = []
-    with deterministic(runtime.deterministic):
-        for stage in STAGES:
-            if stage in finished:
-                continue
-            on_stage(stage)
-            with _noting(folder, stage) as noted:
-                run.stages[stage].do(noted)
-            distributed.wait()
-            done.append(stage)
+    with alone_in(folder.path):
+        if distributed.is_first():
+            _check_folder(folder, config)  # another process may have begun a run there
+            _set_up(folder, config, given, run.record())
+        distributed.wait()
+        _check_inputs(folder, run.record())
+        finished = run.finished()
+        on_plan(plan)
+        done = []
+        with deterministic(runtime.deterministic):
+            for stage in STAGES:
+                if stage in finished:
+                    continue
+                on_stage(stage)
+                with _noting(folder, stage, run.stages[stage].outputs) as noted:
+                    run.stages[stage].do(noted)
+                distributed.wait()
+                done.append(stage)
     return _result(folder, tuple(done))
 
 
 def _result(folder: RunFolder, done: tuple[str, ...]) -> RunResult:
-    evaluation = Evaluation.from_dict(read_json(folder.summary))
-    return RunResult(folder, evaluation, Dial.from_dict(read_json(folder.gate)), done)
+    evaluation = read_object(folder.summary, Evaluation.from_dict)
+    return RunResult(folder, evaluation, read_object(folder.gate, Dial.from_dict), done)
 
 
 def _set_up(
@@ -260,8 +278,9 @@ def _set_up(
     with readable_storage_errors(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.evaluation.mkdir(exist_ok=True)
-        remove_leftovers(folder.path)
-        remove_leftovers(folder.evaluation)
+        scorecards = [folder.scorecard(when).folder for when in ("before", "after")]
+        for place in (folder.path, folder.evaluation, *scorecards):
+            remove_leftovers(place)
     if not folder.resolved.exists():
         write_text(folder.given, given or dump_yaml(config))
         write_text(folder.resolved, dump_yaml(config))
@@ -270,12 +289,12 @@ def _set_up(
 
 
 @contextlib.contextmanager
-def _noting(folder: RunFolder, stage: str) -> Iterator[dict[str, Any]]:
+def _noting(folder: RunFolder, stage: str, outputs: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """Note a stage in the journal when it is finished; one process of several does."""
     if not distributed.is_first():
         yield {}
         return
-    with folder.journal.stage(stage) as noted:
+    with folder.journal.stage(stage, outputs) as noted:
         yield noted
 
 
@@ -288,7 +307,11 @@ def _check_folder(folder: RunFolder, config: RunConfig) -> None:
             raise RunError(
                 f"the output must be a folder, but {folder.path} is a file; choose another --out"
             )
-        present = [path for path in folder.path.iterdir() if not path.name.endswith(".part")]
+        present = [
+            path
+            for path in folder.path.iterdir()
+            if not path.name.endswith(".part") and path.name != LOCK
+        ]
         if not present:
             return
         if not folder.resolved.exists():
@@ -298,7 +321,7 @@ def _check_folder(folder: RunFolder, config: RunConfig) -> None:
                 f"the output folder must be new, empty or hold this run, but {folder.path} holds "
                 "other files; choose another --out"
             )
-        if folder.resolved.read_text(encoding="utf-8") != dump_yaml(config):
+        if read_text(folder.resolved) != dump_yaml(config):
             raise RunError(
                 f"the output folder must be new or hold this run, but {folder.path} holds a run "
                 f"with other settings (see its {folder.resolved.name}); choose another --out or "
@@ -324,18 +347,34 @@ class _Run:
         self.runtime = runtime
         self.folder = folder
         self.progress = progress
+        scorecards = (folder.scorecard("before").folder, folder.scorecard("after").folder)
         self.stages: Mapping[str, _Stage] = {
             "probe": _Stage((folder.subspaces,), self._probe),
             "train": _Stage((folder.delta,), self._train),
-            "gate": _Stage((folder.gate,), self._turn_dial),
+            "gate": _Stage((folder.gate, *scorecards), self._turn_dial),
             "answers-before": _Stage((folder.answers("before"),), self._answer_before),
             "answers-after": _Stage((folder.answers("after"),), self._answer_after),
-            "states": _Stage((folder.summary, folder.map_states), self._compare),
+            # It adds to the scorecards.
+            "states": _Stage((folder.summary, folder.map_states, *scorecards), self._compare),
             "model": _Stage((folder.model,), self._save_model),
             "report": _Stage((folder.report,), self._report),
         }
 
-    def is_finished(self, stage: str) -> bool:
+    def finished(self) -> list[str]:
+        """Stages that need not be done again; their files must be as they left them.
+
+        Raises:
+            CorruptFileError: one is not.
+        """
+        finished = []
+        if distributed.is_first():
+            finished = [stage for stage in STAGES if self._is_finished(stage)]
+            left = {p for k, one in self.stages.items() if k not in finished for p in one.outputs}
+            outputs = (path for stage in finished for path in self.stages[stage].outputs)
+            self.folder.journal.check(dict.fromkeys(path for path in outputs if path not in left))
+        return distributed.from_first(finished)
+
+    def _is_finished(self, stage: str) -> bool:
         """Whether a stage is noted in the journal and its files are there."""
         noted = self.folder.journal.finished(stage)
         if noted is None:
@@ -347,7 +386,7 @@ class _Run:
         plan = make_plan(self.config, self.runtime, self.progress)
         if self.runtime.memory is None and self.folder.plan.exists():
             # Other batches than those that the run began with would change its last bits.
-            before = read_json(self.folder.plan).get("batch_bytes", plan.execution.batch_bytes)
+            before = self.folder.read_plan()["batch_bytes"]
             execution = dataclasses.replace(plan.execution, batch_bytes=before)
             plan = dataclasses.replace(plan, execution=execution)
         return plan
@@ -369,7 +408,7 @@ class _Run:
 
     @cached_property
     def dial(self) -> Dial:
-        return Dial.from_dict(read_json(self.folder.gate))
+        return read_object(self.folder.gate, Dial.from_dict)
 
     @cached_property
     def candidate(self) -> Candidate:
@@ -549,8 +588,8 @@ class _Run:
             dtype=dtype,
             card=model_card(
                 self.config,
-                Evaluation.from_dict(read_json(self.folder.summary)),
-                read_json(self.folder.plan),
+                read_object(self.folder.summary, Evaluation.from_dict),
+                self.folder.read_plan(),
                 self.dial,
             ),
         )
@@ -582,18 +621,15 @@ def read_report_data(folder: RunFolder) -> ReportData:
                 f"a report needs a run that has been evaluated, but {folder.path} has no "
                 f"{path.name}; finish the run with `polylens enhance` first"
             )
+    answers = (folder.answers("before"), folder.answers("after"))
+    folder.journal.check((folder.summary, folder.gate, *answers))
     tensors, metadata = load_tensors(folder.map_states)
     states: dict[str, dict[str, torch.Tensor]] = {"before": {}, "after": {}}
     for name, tensor in tensors.items():
         when, _, language = name.partition(".")
         states[when][language] = tensor
-    plan = read_json(folder.plan)
-    try:
-        evaluation = Evaluation.from_dict(read_json(folder.summary))
-    except (KeyError, TypeError) as error:
-        raise CorruptFileError(
-            f"{folder.summary} must hold an evaluation, but is damaged; delete it and run again"
-        ) from error
+    plan = folder.read_plan()
+    evaluation = read_object(folder.summary, Evaluation.from_dict)
     return ReportData(
         evaluation=evaluation,
         answers_before=read_answers(folder.answers("before")),
@@ -602,9 +638,9 @@ def read_report_data(folder: RunFolder) -> ReportData:
         subspaces=Subspaces.load(folder.subspaces),
         map_layer=metadata["layer"],
         map_states=states,
-        resolved_yaml=folder.resolved.read_text(encoding="utf-8"),
+        resolved_yaml=read_text(folder.resolved),
         plan=plan,
-        dial=Dial.from_dict(read_json(folder.gate)),
+        dial=read_object(folder.gate, Dial.from_dict),
         retrieval={
             when: {
                 task.language: folder.scorecard(when).examples(name)

@@ -159,19 +159,24 @@ class Steering:
         steered = [(structure.layers[layer], edit) for layer, edit in edits.items()]
         taken = [queue for edit in edits.values() for queue, _ in edit.taken]
 
-        def forget(module: nn.Module, args: Any) -> None:
+        def forget() -> None:
+            for queue in taken:  # left over where a pass failed half-way, or stopped
+                queue.clear()
+
+        def forget_before(module: nn.Module, args: Any) -> None:
             if module is structure.decoder:  # the engine runs copies, layer by layer
-                for queue in taken:  # left over where a forward failed half-way
-                    queue.clear()
+                forget()
 
         hooks = []
         try:
             for layer, edit in steered:
                 hooks.append(layer.register_forward_hook(edit))
             if taken:
-                hooks.append(structure.decoder.register_forward_pre_hook(forget))
+                hooks.append(structure.decoder.register_forward_pre_hook(forget_before))
+            structure.on_pass.append(forget)
             yield
         finally:
+            structure.on_pass.remove(forget)
             for hook in hooks:
                 hook.remove()
 

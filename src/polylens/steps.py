@@ -30,7 +30,7 @@ from polylens.scratch import Scratch
 from polylens.shortfall import measure_shortfall, strengths_of
 from polylens.states_cache import Collect, cached_hidden_states, fresh_hidden_states
 from polylens.subspaces import Subspaces, check_probe, probe_subspaces
-from polylens.training import ParallelStates, train_crown, trained_layers
+from polylens.training import ParallelStates, boundary_layers, train_crown, trained_layers
 
 
 def probe(
@@ -265,7 +265,7 @@ def train_prompts(
 ) -> Iterator[CrownDelta]:
     """Train from prompts, one crown for each of `settings`; see `train`.
 
-    `boundaries` are the layers whose input is kept; None takes those that `settings` begin at.
+    `boundaries` are the layers whose input is kept; None takes those that `settings` need.
 
     Yields:
         The deltas, in the order of `settings`, each as soon as it is there.
@@ -330,8 +330,8 @@ def read_by(settings: TrainSettings, prompts: ParallelPrompts) -> ParallelPrompt
 
 
 def boundaries_of(settings: Sequence[TrainSettings], n_layers: int) -> tuple[int, ...]:
-    """Return the layers at which the crowns of some settings begin, ascending, each once."""
-    return tuple(sorted({min(trained_layers(one, n_layers)) for one in settings}))
+    """Return the layers whose input some trainings need, ascending, each once."""
+    return tuple(sorted({layer for one in settings for layer in boundary_layers(one, n_layers)}))
 
 
 def states_of_prompts(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from polylens.artefacts import load_tensors, save_tensors
-from polylens.errors import SubspaceError
+from polylens.errors import CorruptFileError, SubspaceError
 
 Agnostic = Literal["mean", "complement"]
 
@@ -266,15 +266,24 @@ class Subspaces:
                 f"subspaces must be those of the model in use, but {path} was probed on another "
                 f"one ({metadata.get('model', 'unknown')}); probe this model again"
             )
-        del metadata["layer_convention"], metadata["rank"]
-        return cls(
-            languages=tuple(metadata.pop("languages")),
-            central=metadata.pop("central"),
-            layers=tuple(metadata.pop("layers")),
-            agnostic=metadata.pop("agnostic"),
-            **{name: tensors[name] for name in _TENSORS},
-            metadata=metadata,
-        )
+        try:
+            del metadata["layer_convention"], metadata["rank"]
+            found = cls(
+                languages=tuple(metadata.pop("languages")),
+                central=metadata.pop("central"),
+                layers=tuple(metadata.pop("layers")),
+                agnostic=metadata.pop("agnostic"),
+                **{name: tensors[name] for name in _TENSORS},
+                metadata=metadata,
+            )
+            found.languages.index(found.central)
+            if found.language_means.shape[:2] != (len(found.layers), len(found.languages)):
+                raise ValueError("its means are not those of its layers and languages")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptFileError(
+                f"{path} must hold whole subspaces, but does not ({error!r}); probe again"
+            ) from error
+        return found
 
 
 _TENSORS = tuple(field.name for field in dataclasses.fields(Subspaces) if field.type == "Tensor")

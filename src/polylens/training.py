@@ -93,9 +93,26 @@ def trained_layers(settings: CrownSettings, n_layers: int) -> tuple[int, ...]:
     return tuple(sorted(set(wanted)))
 
 
-def state_layer(settings: TrainSettings, n_layers: int) -> int:
-    """Return the layer, in the package's convention, whose states and subspaces training uses."""
-    return n_layers if settings.state == "normed" else n_layers - 1
+def state_layers(settings: TrainSettings, n_layers: int) -> tuple[int, ...]:
+    """Return the layers, in the package's convention, whose states and subspaces training uses.
+
+    The last layer's state, with or without the final norm, comes last.
+    """
+    last = n_layers if settings.state == "normed" else n_layers - 1
+    if settings.loss_layers == "last":
+        return (last,)
+    below = [layer for layer in trained_layers(settings, n_layers) if layer < n_layers - 1]
+    return (*below, last)
+
+
+def boundary_layers(settings: TrainSettings, n_layers: int) -> tuple[int, ...]:
+    """Return the layers, ascending, of which training must have what enters them.
+
+    The lowest is where the crown begins; what enters the others is what a layer that the losses
+    read leaves in the untouched model.
+    """
+    above = (layer + 1 for layer in state_layers(settings, n_layers)[:-1])
+    return tuple(sorted({min(trained_layers(settings, n_layers)), *above}))
 
 
 def train_crown(
@@ -117,8 +134,9 @@ def train_crown(
 
     Args:
         structure: the untouched model; it is not changed.
-        subspaces: of this model, with the layer that `settings.state` reads.
-        parallel: states of the training prompts, with what enters the lowest trained layer.
+        subspaces: of this model, with the layers that `state_layers` tells.
+        parallel: states of the training prompts, with what enters those that `boundary_layers`
+            tells.
         settings: see `TrainSettings`.
         seed: order of the rows.
         token_budget: padded tokens of a forward; None takes what is fastest on this machine.
@@ -165,7 +183,7 @@ def train_crown(
 
 
 class _Objective:
-    """Loss of a batch of rows: forward through the crown, pooling, the three losses."""
+    """Loss of a batch of rows: forward through the crown, choice of states, the three losses."""
 
     def __init__(
         self,
@@ -177,7 +195,7 @@ class _Objective:
         graph_tokens: int,
     ) -> None:
         structure = crown.structure_[0]
-        layer = state_layer(settings, structure.n_layers)
+        self._layers = state_layers(settings, structure.n_layers)
         self._parallel = parallel
         self._settings = settings
         self._crown = crown
@@ -189,7 +207,7 @@ class _Objective:
             for row in parallel.rows
         ]
         assert (parallel.n_answer is not None) == (settings.position == "answer")
-        n_answer = parallel.n_answer or [1] * len(parallel.states.lengths)
+        n_answer: Sequence[int] = parallel.n_answer or [1] * len(parallel.states.lengths)
         self._n_prompt = [
             length - n + 1
             for length, n in zip(parallel.states.lengths.tolist(), n_answer, strict=True)
@@ -198,10 +216,13 @@ class _Objective:
         self._n_read = n_answer if settings.position in ("last", "answer") else None
         self._calls = Calls(structure, parallel.states.prefix_length)
         self._device = structure.device
-        self._align = AlignLoss(subspaces, layer)
+        self._align = {layer: AlignLoss(subspaces, layer) for layer in self._layers}
         self._separate = {
-            language: SeparateLoss(subspaces, layer, language, settings.strength_of(language))
+            (language, layer): SeparateLoss(
+                subspaces, layer, language, settings.strength_of(language)
+            )
             for language in parallel.targets
+            for layer in self._layers
         }
         self._retain = RetainLoss()
         self._retain_distribution = RetainDistributionLoss()
@@ -248,20 +269,38 @@ class _Objective:
 
     def _losses(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return the losses of each row, by part: (n_rows_with_the_language,) each."""
-        settings, central = self._settings, self._parallel.central
         of_row = [self._parallel.rows[row] for row in rows]
-        now = self._states(of_row)
+        by_part: dict[str, list[Tensor]] = {}
+        for layer, now in self._states(of_row).items():
+            for name, values in self._losses_at(layer, now, of_row).items():
+                by_part.setdefault(name, []).append(values)
+        return {name: torch.stack(values).mean(0) for name, values in by_part.items()}
+
+    def _losses_at(
+        self, layer: int, now: Mapping[int, Tensor], of_row: Sequence[Mapping[str, int]]
+    ) -> dict[str, Tensor]:
+        """Return the losses of each row, by part, of one layer's states.
+
+        Args:
+            layer: whose states.
+            now: the states in training, by prompt: (n_tokens, hidden_size).
+            of_row: language → prompt.
+        """
+        settings, central = self._settings, self._parallel.central
         result: dict[str, Tensor] = {}
         if settings.retain_weight > 0:
             prompts = [row[central] for row in of_row]
-            own = self._n_prompt  # an answer is not retained
+            kept = [now[prompt][: self._n_prompt[prompt]] for prompt in prompts]  # no answers
             if settings.retain == "states":
-                before = [self._reference(prompt)[: own[prompt]].mean(0) for prompt in prompts]
-                means = torch.stack([now[prompt][: own[prompt]].mean(0) for prompt in prompts])
+                before = [
+                    self._reference(prompt, layer)[: len(states)].mean(0)
+                    for prompt, states in zip(prompts, kept, strict=True)
+                ]
+                means = torch.stack([states.mean(0) for states in kept])
                 result["retain"] = self._retain(means, torch.stack(before))
-            else:
+            elif layer == self._layers[-1]:
                 result["retain"] = torch.stack(
-                    [self._divergence(now[prompt][: own[prompt]], prompt) for prompt in prompts]
+                    [self._divergence(*each) for each in zip(kept, prompts, strict=True)]
                 )
         for language in self._parallel.targets:
             present = [row for row in of_row if language in row]
@@ -273,10 +312,11 @@ class _Objective:
                 # Tokens of parallel rows do not correspond, so their means are compared.
                 goals = [self._read(now[row[central]], row[central]).mean(0) for row in present]
                 means = torch.stack([states.mean(0) for states in targets])
-                result[f"align.{language}"] = self._align(means, torch.stack(goals))
+                result[f"align.{language}"] = self._align[layer](means, torch.stack(goals))
             if settings.separate_weight > 0:
-                before = [self._read(self._reference(index), index) for index in indices]
-                values = self._separate[language](torch.cat(targets), torch.cat(before))
+                before = [self._read(self._reference(index, layer), index) for index in indices]
+                loss = self._separate[language, layer]
+                values = loss(torch.cat(targets), torch.cat(before))
                 result[f"separate.{language}"] = _mean_of_each(values, [*map(len, targets)])
         return result
 
@@ -291,7 +331,7 @@ class _Objective:
             prompt: which one.
         """
         prefix_length = self._parallel.states.prefix_length
-        states = (now, self._reference(prompt)[: len(now)])
+        states = (now, self._reference(prompt, self._layers[-1])[: len(now)])
         own = [each[prefix_length:] for each in states]
         if self._settings.state == "residual":
             own = [self._crown.final_norm(each) for each in own]
@@ -306,8 +346,8 @@ class _Objective:
         value: Tensor = checkpoint_activations(divergence, *own, use_reentrant=False)
         return value
 
-    def _states(self, rows: Sequence[Mapping[str, int]]) -> dict[int, Tensor]:
-        """Run the crown; return each prompt's states, (n_tokens, hidden_size).
+    def _states(self, rows: Sequence[Mapping[str, int]]) -> dict[int, dict[int, Tensor]]:
+        """Run the crown; return each prompt's states by layer, (n_tokens, hidden_size).
 
         Where the losses read the last tokens alone, those are the only ones returned.
         """
@@ -321,20 +361,31 @@ class _Objective:
                 elif language != central or settings.align_weight > 0:
                     (whole if self._n_read is None else last).append(index)
         states = self._parallel.states
-        prefix = self._crown.run_prefix(self._calls, states)
-        result: dict[int, Tensor] = {}
-        for prompts, n_last in ((whole, None), (last, self._n_read)):
-            for chosen, output, lengths in self._crown.run_kept(
-                self._calls,
-                states,
-                prompts,
-                prefix=prefix,
-                n_last=n_last,
-                token_budget=self._token_budget,
-            ):
-                final = self._final(output)
-                for index, own, length in zip(chosen, final, lengths.tolist(), strict=True):
-                    result[index] = own[:length]
+        *below, top = self._layers
+        result: dict[int, dict[int, Tensor]] = {layer: {} for layer in self._layers}
+        with self._crown.noting(below) as noted:
+            prefix = self._crown.run_prefix(self._calls, states)
+            of_prefix = {} if prefix is None else {k: one[0] for k, one in noted.items()}
+            for prompts, n_last in ((whole, None), (last, self._n_read)):
+                for chosen, output, lengths in self._crown.run_kept(
+                    self._calls,
+                    states,
+                    prompts,
+                    prefix=prefix,
+                    n_last=n_last,
+                    token_budget=self._token_budget,
+                ):
+                    final = self._final(output)
+                    for place, (index, length) in enumerate(
+                        zip(chosen, lengths.tolist(), strict=True)
+                    ):
+                        result[top][index] = final[place, :length]
+                        n_own = states.offsets[index + 1] - states.offsets[index]
+                        for layer, batch in noted.items():
+                            own = batch[place, :n_own]
+                            if prefix is not None:
+                                own = torch.cat([of_prefix[layer], own])
+                            result[layer][index] = own[-length:]
         return result
 
     def _final(self, states: Tensor) -> Tensor:
@@ -345,9 +396,12 @@ class _Objective:
         return states
 
     @torch.no_grad()
-    def _reference(self, prompt: int) -> Tensor:
-        """The untouched model's states of a prompt, (n_tokens, hidden_size)."""
+    def _reference(self, prompt: int, layer: int) -> Tensor:
+        """The untouched model's states of a prompt after a layer, (n_tokens, hidden_size)."""
         states = self._parallel.states
+        if layer != self._layers[-1]:
+            kept = states.boundary[layer + 1]
+            return states.tokens(kept, prompt).to(self._device).float()
         assert states.final is not None
         return self._final(states.tokens(states.final, prompt).to(self._device).float())
 

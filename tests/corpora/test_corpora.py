@@ -295,3 +295,24 @@ def test_the_published_files_load_as_they_are() -> None:
 def test_a_folder_of_plain_text_files() -> None:
     rows = read_parallel(NTREX, ["en", "sw", "yo"])
     assert len(rows.rows) > 1990
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_offline_reads_no_data_set_of_the_hub(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    from huggingface_hub import constants
+
+    for place in (datasets.config, constants):
+        monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)  # as without the tests' own setting
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    if by == "environment":
+        monkeypatch.setenv("POLYLENS_OFFLINE", "1")
+
+    def connect(*_: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    monkeypatch.setattr("socket.getaddrinfo", connect)
+    with pytest.raises(CorpusError, match="to be used offline, but is not"):
+        read_parallel("nobody/nothing", offline=by == "argument")
+    assert not constants.HF_HUB_OFFLINE

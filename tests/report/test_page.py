@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -10,25 +11,39 @@ import torch
 from polylens.evaluation import Answer, Evaluation
 from polylens.evaluation.drift import StateChange
 from polylens.evaluation.fidelity import Fidelity
-from polylens.evaluation.gate import Dial
+from polylens.evaluation.gate import Check, Dial, Verdict
 from polylens.evaluation.measures import Example, Task, compare_runs
 from polylens.evaluation.results import BeforeAfter, BitsPerByte
+from polylens.evaluation.statistics import NonInferiority
 from polylens.report import ReportData, render_probe_page, render_report
-from polylens.report.page import verdict
+from polylens.report.page import caution, decision, summary
+from polylens.report.plots import language_colours, strength_figure, subspace_map
 from polylens.report.projection import agnostic_plane, specific_plane
 from polylens.subspaces import probe_subspaces
 
 LANGUAGES = ("en", "sw", "ar")
+
+
+def examples(values: list[float]) -> list[Example]:
+    return [Example(str(i), value) for i, value in enumerate(values)]
+
 
 MEASURES = tuple(
     compare_runs(
         [
             (
                 Task(f"xcopa_{k}", k, "continuation", "acc"),
-                [Example(str(i), 0.0) for i in range(9)],
-                [Example(str(i), float(i % 2)) for i in range(9)],
+                examples([0.0] * 9),
+                examples([float(i % 2) for i in range(9)]),
             )
             for k in LANGUAGES
+        ]
+        + [
+            (  # nobody doubts this one
+                Task("fidelity_sw", "sw", "answers", "in_language"),
+                examples([0.0] * 40),
+                examples([1.0] * 40),
+            )
         ]
     )
 )
@@ -112,15 +127,61 @@ def test_what_models_say_is_escaped(data: ReportData) -> None:
 
 def test_the_table_and_the_verdict_hold_the_counts(data: ReportData) -> None:
     page = render_report(data)
-    assert "Swahili questions answered in Swahili: 1 → 3 of 4" in verdict(data.evaluation)
-    for text in ("1 of 4", "3 of 4", "1.5000", "1.2500", "1.23 %"):
+    assert summary(data.evaluation) == (
+        "Better beyond chance: Swahili, answers in the language 0.000 → 1.000 (+0.912 to +1.000). "
+        "Chance may explain the changes of the other 3 figures."
+    )
+    for text in ("1 → 3 of 4", "1.500 → 1.250", "1.2 %", "+100 (+91 to +100)"):
         assert text in page
     assert page.count('class="sample"') == 3 * 6  # six a language
 
 
-def test_a_run_without_the_last_layer_has_no_map(data: ReportData) -> None:
-    import dataclasses
+def test_the_decision_comes_first_and_is_the_gates(data: ReportData) -> None:
+    good = NonInferiority(9, 0.0, -0.001, 0.01, True, 2)
+    bad = dataclasses.replace(good, bound=-0.5, holds=False)
+    verdicts = [Verdict((Check("en", "text", ("bits_per_byte_en",), r),)) for r in (good, bad)]
+    measures = {0.5: MEASURES, 1.0: MEASURES}
+    for strength, holds, at, text in (
+        (0.5, True, (0, 1), "The gate holds at strength 0.5, turned down from 1: harm to English"),
+        (1.0, True, (0, 0), "The gate holds at strength 1: harm to English"),
+        (1.0, False, (1, 1), "The gate fails: harm to English"),
+    ):
+        dial = Dial(
+            strength, holds, dict(zip((0.5, 1.0), (verdicts[i] for i in at), strict=True)), measures
+        )
+        assert decision(dial, "en").startswith(text)
+        page = render_report(dataclasses.replace(data, dial=dial))
+        assert page.index(text) < page.index("<table>")
+        assert f'class="decision {"holds" if holds else "fails"}"' in page
 
+
+def test_more_repetitions_are_told(data: ReportData) -> None:
+    assert caution(data.evaluation) == ""
+    more = dataclasses.replace(fidelity(3), repeating=2)
+    watched = {**data.evaluation.fidelity, "sw": BeforeAfter(fidelity(1), more)}
+    told = caution(dataclasses.replace(data.evaluation, fidelity=watched))
+    assert "Swahili (0 → 2 of 4)" in told
+    assert "Arabic" not in told
+
+
+def test_a_language_has_one_colour_throughout(data: ReportData) -> None:
+    sorted_as_in_a_file = {k: data.map_states["before"][k] for k in sorted(LANGUAGES)}
+    figure = subspace_map(sorted_as_in_a_file, sorted_as_in_a_file, data.subspaces, 2)
+    colours = language_colours(data.subspaces.languages, "en")
+    for language, name in (("sw", "Swahili"), ("ar", "Arabic")):
+        assert {t.marker.color for t in figure.data if t.name == name} == {colours[language]}
+
+
+def test_every_strength_is_drawn_from_the_untouched_model_on() -> None:
+    figure = strength_figure({0.5: MEASURES, 1.0: MEASURES}, "en", chosen=0.5)
+    lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
+    assert len(lines) == len(MEASURES)
+    for line, one in zip(lines, MEASURES, strict=True):
+        assert line.x == (0.0, 0.5, 1.0)
+        assert line.y == (0.0, one.gain, one.gain)
+
+
+def test_a_run_without_the_last_layer_has_no_map(data: ReportData) -> None:
     page = render_report(dataclasses.replace(data, map_layer=7))
     assert 'id="figure-map"' not in page
 
@@ -128,7 +189,7 @@ def test_a_run_without_the_last_layer_has_no_map(data: ReportData) -> None:
 def test_the_probe_page(data: ReportData) -> None:
     page = render_probe_page(data.subspaces)
     assert 'id="figure-probe"' in page
-    assert "Before and after" not in page
+    assert "Gain and loss" not in page
 
 
 def test_the_planes_are_the_subspaces(data: ReportData) -> None:

@@ -21,7 +21,7 @@ def test_the_space_that_ships_starts_from_the_default_settings() -> None:
         start = space.start(config)
         assert changed(config, start) == config
         check_space(space, config, n_layers=4)
-        assert space.boundary_layers(config, 32) == (28, 30, 31)
+        assert space.boundary_layers(config, 32) == (28, 29, 30, 31)
 
 
 @pytest.mark.parametrize("section", ["probe", "train"])

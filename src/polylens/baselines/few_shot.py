@@ -11,6 +11,7 @@ import random
 from typing import Any
 
 from polylens.baselines.settings import FewShotSettings
+from polylens.chat_templates import render_conversation
 from polylens.corpora import AnsweredCorpus, require_languages
 from polylens.errors import CorpusError
 from polylens.prompts import CHAT, choose_format
@@ -42,6 +43,7 @@ def few_shot_template(
     settings = settings or FewShotSettings()
     require_languages(corpus, [language])
     own = choose_format(tokenizer, CHAT).template
+    assert own is not None
     pairs = list(corpus.pairs[language])
     random.Random(seed).shuffle(pairs)
     turns: list[dict[str, str]] = []
@@ -51,7 +53,7 @@ def few_shot_template(
             {"role": "user", "content": prompt},
             {"role": "assistant", "content": answer},
         ]
-        rendered = tokenizer.apply_chat_template(longer, chat_template=own, tokenize=False)
+        rendered = render_conversation(tokenizer, own, longer)
         n_tokens = len(tokenizer(rendered, add_special_tokens=False)["input_ids"])
         if n_tokens <= settings.max_tokens:
             turns = longer

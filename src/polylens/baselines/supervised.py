@@ -31,7 +31,7 @@ from polylens.training import trained_layers
 
 
 def read_examples(
-    spec: str | Path, languages: Sequence[str], central: str = "en"
+    spec: str | Path, languages: Sequence[str], central: str = "en", *, offline: bool = False
 ) -> AnsweredCorpus:
     """Read prompts with answers; of parallel texts without answers, make translations.
 
@@ -39,16 +39,17 @@ def read_examples(
         spec: a file, a folder, a Hub data set id, or "starter".
         languages: those needed.
         central: the language that parallel texts are translated from, and into for itself.
+        offline: never use the network.
 
     Raises:
         CorpusError: neither answers nor parallel texts, or a language is missing.
     """
-    answered = read_answered(spec)
+    answered = read_answered(spec, offline=offline)
     if answered.pairs:
         require_languages(answered, languages)
         return answered
     try:
-        parallel = read_parallel(spec)
+        parallel = read_parallel(spec, offline=offline)
     except CorpusError as error:
         raise _no_examples(answered.name) from error
     if len(parallel.languages) < 2:

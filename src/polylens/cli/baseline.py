@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from polylens import distributed
-from polylens.artefacts import readable_storage_errors, write_json, write_text
+from polylens.artefacts import write_json, write_text
 from polylens.baselines import (
     BaselineSettings,
     FewShotSettings,
@@ -34,6 +35,7 @@ from polylens.errors import UsageError
 from polylens.execution import open_model
 from polylens.journal import versions
 from polylens.languages import normalize_language, normalize_languages
+from polylens.locks import alone_in
 from polylens.memory import PeakMemory
 from polylens.models.loading import load_tokenizer
 from polylens.models.registry import REGISTRY
@@ -197,13 +199,24 @@ def _train(job: _Job, progress: Progress, tell: Callable[[str], None]) -> dict[s
     corpus: Any
     method: Callable[..., CrownDelta]
     how: dict[str, Any] = {}
+    offline = job.runtime.offline
     if job.kind is Kind.PRETRAINING:
-        corpus, method = read_texts(job.corpus, needed), pretrain
+        corpus, method = read_texts(job.corpus, needed, offline=offline), pretrain
     else:
-        corpus, method = read_examples(job.corpus, needed, job.central), fine_tune
+        corpus, method = read_examples(job.corpus, needed, job.central, offline=offline), fine_tune
         how["template"] = job.template
-    with readable_storage_errors(job.folder):
-        job.folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(job.folder):
+        bound = partial(method, corpus=corpus, **how)
+        return {"corpus": corpus.name, **_train_on(job, settings, bound, progress, tell)}
+
+
+def _train_on(
+    job: _Job,
+    settings: Any,
+    method: Callable[..., CrownDelta],
+    progress: Progress,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
     checkpoint = job.folder / "checkpoint.safetensors"
     is_resumed = checkpoint.exists()
     model, execution = open_model(
@@ -219,7 +232,6 @@ def _train(job: _Job, progress: Progress, tell: Callable[[str], None]) -> dict[s
     with PeakMemory() as peak:
         delta = method(
             model,
-            corpus,
             languages=job.languages,
             central=job.central,
             settings=settings,
@@ -228,7 +240,6 @@ def _train(job: _Job, progress: Progress, tell: Callable[[str], None]) -> dict[s
             scratch=execution.scratch(),
             checkpoint=checkpoint,
             progress=progress,
-            **how,
         )
     seconds = time.monotonic() - started
     if distributed.is_first():
@@ -237,7 +248,6 @@ def _train(job: _Job, progress: Progress, tell: Callable[[str], None]) -> dict[s
     known = delta.metadata
     return {
         **{key: known[key] for key in ("method", "model", "fingerprint", "central", "rows")},
-        "corpus": corpus.name,
         **known["cost"],
         "seconds": round(seconds, 3),
         "is_resumed": is_resumed,
@@ -262,7 +272,7 @@ def _write_template(job: _Job, progress: Progress) -> dict[str, Any]:
             "template for each"
         )
     (language,) = job.languages
-    corpus = read_examples(job.corpus, [language], job.central)
+    corpus = read_examples(job.corpus, [language], job.central, offline=job.runtime.offline)
     source = resolve(
         job.model, revision=job.revision, offline=job.runtime.offline, progress=progress
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -25,6 +26,9 @@ err = Console(stderr=True)
 
 # Without a terminal, a line of progress this often; a log should show life, not fill up.
 _QUIET_SECONDS = 20.0
+
+# A program that watches is told this often at most.
+_LINE_SECONDS = 0.5
 
 
 class ProgressBars:
@@ -73,6 +77,45 @@ class ProgressBars:
             self._last_line = now
 
 
+class ProgressLines:
+    """Write progress to stderr as JSON, one object a line, for a program that watches.
+
+    A line holds the `stage`, and from the first piece of work on `what`, `done`, `total`, and
+    `seconds_left` (null as long as nothing is done).
+    """
+
+    def __init__(self) -> None:
+        self._stage: str | None = None
+        self._what: str | None = None
+        self._started = self._last_line = 0.0
+
+    def __enter__(self) -> ProgressLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stage(self, name: str) -> None:
+        """Take note of a stage that starts."""
+        self._stage, self._what = name, None
+        self._write({})
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """Take note of progress."""
+        now = time.monotonic()
+        if what != self._what or done == 0:
+            self._what, self._started = what, now
+        elif done < total and now - self._last_line < _LINE_SECONDS:
+            return
+        left = (now - self._started) / done * (total - done) if done else None
+        self._last_line = now
+        self._write({"what": what, "done": done, "total": total, "seconds_left": left})
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if not err.quiet:
+            typer.echo(json.dumps({"stage": self._stage, **values}, ensure_ascii=False), err=True)
+
+
 def duration(seconds: float) -> str:
     """Say a time span: 42 s, 3 min 20 s, 2 h 5 min."""
     seconds = round(seconds)
@@ -103,10 +146,15 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str
     out.print(drawn)
 
 
-def print_json(value: Any) -> None:
-    """Print a value to stdout as JSON."""
+def print_error(error: Exception) -> None:
+    """Print an error to stderr in one line."""
+    err.print("[red]Error:[/red]", escape(str(error)), highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """Print a value to stdout as JSON; on one line without `indent`."""
     if not out.quiet:
-        typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+        typer.echo(json.dumps(value, ensure_ascii=False, indent=indent))
 
 
 def set_up_logging(verbose: int) -> None:

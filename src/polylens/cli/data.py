@@ -8,7 +8,7 @@ import typer
 
 from polylens.cli import options
 from polylens.cli.console import out, print_json, table
-from polylens.corpora import read_parallel, read_texts
+from polylens.corpora import Corpus, ParallelCorpus, read_parallel, read_texts
 from polylens.corpora.inspection import inspect_corpus
 from polylens.errors import CorpusError
 from polylens.languages import language_name, normalize_language, normalize_languages
@@ -49,7 +49,11 @@ def data(
     centre = normalize_language(central or "en")
     targets = normalize_languages(languages.split(",")) if languages else ()
     wanted = tuple(dict.fromkeys((centre, *targets))) if targets else None
-    found = read_parallel(corpus, wanted) if kind == "parallel" else read_texts(corpus, wanted)
+    found: Corpus | ParallelCorpus
+    if kind == "parallel":
+        found = read_parallel(corpus, wanted, offline=offline)
+    else:
+        found = read_texts(corpus, wanted, offline=offline)
     tokenizer = prompt_format = None
     if model is not None:
         tokenizer = load_tokenizer(resolve(model, offline=offline))

@@ -20,14 +20,14 @@ from polylens.cli.console import ProgressBars, duration, out, print_json, size, 
 from polylens.config import RunConfig, Runtime, load_config
 from polylens.errors import UsageError
 from polylens.execution import load_as_planned
-from polylens.forecast import Signs, forecast, measure_signs
+from polylens.forecast import Signs, forecast_gain, measure_signs
 from polylens.journal import versions
 from polylens.languages import language_name
 from polylens.machine import matmul_flops
 from polylens.models.loading import choose_device
 from polylens.plan import Plan, choose_rows, make_plan
 from polylens.progress import Progress
-from polylens.training import state_layer
+from polylens.training import state_layers
 
 
 def doctor(
@@ -68,20 +68,7 @@ def doctor(
             if with_forecast:
                 signs = _signs(config, runtime, plan, progress)
                 facts["forecast"] = _as_rows(signs, config.central)
-        flops = plan.cost.trunk_flops + plan.cost.crown_flops
-        rate = matmul_flops(plan.execution.device, plan.execution.dtype)
-        cost = {
-            "model": plan.source.name,
-            "parameters": plan.facts.n_parameters,
-            "flops": flops,
-            "seconds": flops / rate,
-            "measured_flops_per_second": rate,
-            "memory_bytes": plan.cost.memory_bytes,
-            "disk_bytes": plan.cost.disk_bytes,
-            "streamed": plan.execution.streamed,
-            "dtype": plan.execution.computing_name,
-        }
-        facts["run"] = cost
+        facts["run"] = cost = forecast(plan)
     elif overrides or with_forecast:
         raise UsageError(
             "the cost of a run, and its forecast, need its languages; add --languages, e.g. "
@@ -100,21 +87,7 @@ def doctor(
         table(
             None,
             ["the run", ""],
-            [
-                ["model", f"{cost['model']}, {plan.facts.n_parameters / 1e6:,.0f} M parameters"],
-                [
-                    "probing, training",
-                    f"{flops / 1e12:,.1f} TFLOP, about {duration(flops / rate)} here",
-                ],
-                ["answers", "not counted: they depend on what the model says"],
-                [
-                    "memory",
-                    f"about {size(plan.cost.memory_bytes)} of "
-                    f"{size(psutil.virtual_memory().total)}",
-                ],
-                ["run on", plan.execution.sentence()],
-                ["disk", f"about {size(plan.cost.disk_bytes)}"],
-            ],
+            forecast_rows(plan, cost),
         )
     if signs is not None:
         _print_forecast(signs, config.central)
@@ -128,7 +101,7 @@ def _signs(config: RunConfig, runtime: Runtime, plan: Plan, progress: Progress) 
         choose_rows(config)[0],
         central=config.central,
         languages=config.languages,
-        layer=state_layer(config.train, plan.facts.n_layers),
+        layer=max(state_layers(config.train, plan.facts.n_layers)),
         template=config.template,
         max_tokens=config.train.max_tokens,
         token_budget=runtime.token_budget,
@@ -141,7 +114,7 @@ def _as_rows(signs: Mapping[str, Signs], central: str) -> dict[str, dict[str, An
     """All signs by language, and of the targets what they say."""
     return {
         language: dataclasses.asdict(own)
-        | ({} if language == central else dataclasses.asdict(forecast(own, central)))
+        | ({} if language == central else dataclasses.asdict(forecast_gain(own, central)))
         for language, own in signs.items()
     }
 
@@ -181,9 +154,44 @@ def _print_forecast(signs: Mapping[str, Signs], central: str) -> None:
     out.print()
     for language, own in signs.items():
         if language != central:
-            sentence = forecast(own, central).sentence
+            sentence = forecast_gain(own, central).sentence
             out.print(f"  {language_name(language)}: {sentence}.", highlight=False, markup=False)
     out.print('\n  The rules, and how far to trust them: docs/runs.md, "Will it work?"')
+
+
+def forecast(plan: Plan) -> dict[str, Any]:
+    """Return what a run would cost on this machine, of which the speed is measured."""
+    flops = plan.cost.trunk_flops + plan.cost.crown_flops
+    rate = matmul_flops(plan.execution.device, plan.execution.dtype)
+    return {
+        "model": plan.source.name,
+        "parameters": plan.facts.n_parameters,
+        "flops": flops,
+        "seconds": flops / rate,
+        "measured_flops_per_second": rate,
+        "memory_bytes": plan.cost.memory_bytes,
+        "disk_bytes": plan.cost.disk_bytes,
+        "streamed": plan.execution.streamed,
+        "dtype": plan.execution.computing_name,
+    }
+
+
+def forecast_rows(plan: Plan, cost: Mapping[str, Any]) -> list[list[str]]:
+    """Return a forecast in words: pairs of what and how much."""
+    return [
+        ["model", f"{cost['model']}, {cost['parameters'] / 1e6:,.0f} M parameters"],
+        [
+            "probing, training",
+            f"{cost['flops'] / 1e12:,.1f} TFLOP, about {duration(cost['seconds'])} here",
+        ],
+        ["answers", "not counted: they depend on what the model says"],
+        [
+            "memory",
+            f"about {size(cost['memory_bytes'])} of {size(psutil.virtual_memory().total)}",
+        ],
+        ["run on", plan.execution.sentence()],
+        ["disk", f"about {size(cost['disk_bytes'])}"],
+    ]
 
 
 def environment(device: str) -> dict[str, Any]:

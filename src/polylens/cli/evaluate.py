@@ -128,7 +128,7 @@ def evaluate(
     settings = check(GateSettings, {"margin": margin})
     protocol = _protocol(
         central, languages, tasks, corpus, rows, limit, data_dir, chat, template, max_new_tokens,
-        log_samples,
+        log_samples, offline,
     )  # fmt: skip
     sides = choose_sides(target, against, _numbers(strength))
 
@@ -228,6 +228,7 @@ def _protocol(
     template: str | None,
     max_new_tokens: int,
     with_samples: bool,
+    offline: bool,
 ) -> Protocol:
     centre = normalize_language(central)
     others = tuple(k for k in normalize_languages(languages.split(",")) if k != centre)
@@ -240,7 +241,7 @@ def _protocol(
             f"{', '.join(built_in)} must have a language besides {centre}; name some by --languages"
         )
     everything = (centre, *others) if built_in else (centre,)
-    found = read_parallel(corpus, everything)
+    found = read_parallel(corpus, everything, offline=offline)
     found = found.split(rows)[1] if found.n_heldout else found.limit(rows)
     return Protocol(
         rows=found,

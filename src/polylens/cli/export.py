@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from polylens.artefacts import read_json
+from polylens.artefacts import read_object
 from polylens.cli import options
 from polylens.cli.console import ProgressBars, err, out, print_json, size, table
 from polylens.crown import CrownDelta
@@ -177,7 +177,7 @@ def _side(run: Path, model: str | None, strength: float | None) -> Side:
             "neither; finish the run with `polylens enhance` first"
         )
     gate = run / "gate.json"
-    if strength is None and gate.is_file() and not Dial.from_dict(read_json(gate)).holds:
+    if strength is None and gate.is_file() and not read_object(gate, Dial.from_dict).holds:
         raise UsageError(
             f"the gate of {run} holds at no strength, so there is none to export at; give "
             "--strength to export it all the same"

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from polylens.artefacts import readable_storage_errors, write_json, write_text
+from polylens.artefacts import parse_json, read_text, write_json, write_text
 from polylens.cli import options
 from polylens.cli.console import out, print_json, table
 from polylens.errors import CorpusError
@@ -149,8 +149,7 @@ def _read(path: Path) -> list[_Row]:
     files = sorted(path.glob("fidelity_*.jsonl")) if path.is_dir() else [path]
     rows = []
     for file in files:
-        with readable_storage_errors(file):
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(file).split("\n")
         rows += [
             _row(line, f"line {number} of {file}")
             for number, line in enumerate(lines, start=1)
@@ -165,7 +164,7 @@ def _read(path: Path) -> list[_Row]:
 
 def _row(line: str, where: str) -> _Row:
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except ValueError as error:
         raise CorpusError(
             f"{where} must be JSON, but is not ({error}); mend or delete it"
@@ -189,14 +188,13 @@ def _row(line: str, where: str) -> _Row:
 
 def _require_prompts(rows: Sequence[_Row], answers: Path, prompts: Path) -> None:
     """Refuse answers of which some are missing."""
-    with readable_storage_errors(prompts):
-        content = prompts.read_text(encoding="utf-8-sig")
+    content = read_text(prompts)
     try:
         if prompts.suffix == ".csv":
             wanted = [entry["prompt"] for entry in csv.DictReader(io.StringIO(content))]
         else:
-            wanted = [json.loads(line)["prompt"] for line in content.split("\n") if line.strip()]
-    except (KeyError, TypeError, ValueError) as error:
+            wanted = [parse_json(line)["prompt"] for line in content.split("\n") if line.strip()]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise CorpusError(
             f"{prompts} must hold a column 'prompt', but does not ({error})"
         ) from None

@@ -26,6 +26,7 @@ from polylens.evaluation.measures import Measure
 from polylens.evaluation.mt_bench import answer_sides, read_conversations, read_questions
 from polylens.evaluation.sides import choose_sides
 from polylens.evaluation.verdicts import PAIRWISE, SINGLE, Mode
+from polylens.locks import alone_in
 
 _MODES: dict[str, tuple[Mode, ...]] = {
     "single": (SINGLE,),
@@ -210,7 +211,7 @@ def judge(
     answers = read_conversations(before)
     others = None if after is None else read_conversations(after)
     judgements = out_folder / "judgements.jsonl"
-    with ProgressBars(shown=not quiet) as progress:
+    with alone_in(out_folder), ProgressBars(shown=not quiet) as progress:
         summary = judge_answers(
             settings, answers, others, judgements, modes=_MODES[mode], progress=progress
         )

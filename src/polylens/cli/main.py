@@ -7,11 +7,11 @@ import traceback
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from polylens import distributed
 from polylens.cli import (
     baseline,
+    chat,
     data,
     doctor,
     evaluate,
@@ -24,9 +24,10 @@ from polylens.cli import (
     run,
     search,
     steer,
+    studio,
     train,
 )
-from polylens.cli.console import err, out, set_up_logging
+from polylens.cli.console import err, out, print_error, set_up_logging
 from polylens.errors import PolyLensError
 from polylens.journal import versions
 
@@ -44,6 +45,7 @@ app.command("probe")(probe.probe)
 app.command("train")(train.train)
 app.command("search")(search.search)
 app.command("steer")(steer.steer)
+app.command("chat")(chat.chat)
 app.command("baseline")(baseline.baseline)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
@@ -52,6 +54,7 @@ app.command("mt-bench")(judge.mt_bench)
 app.command("judge")(judge.judge)
 app.command("report")(report.report)
 app.command("export")(export.export)
+app.command("studio")(studio.studio)
 app.add_typer(models.app, name="models")
 app.command("data")(data.data)
 app.command("doctor")(doctor.doctor)
@@ -91,7 +94,7 @@ def main() -> None:
         if _state["debug"]:
             traceback.print_exc()
         err.quiet = False
-        err.print("[red]Error:[/red]", escape(str(error)), highlight=False, soft_wrap=True)
+        print_error(error)
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # typer has turned Ctrl-C into it, and says nothing

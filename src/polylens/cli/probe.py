@@ -80,7 +80,7 @@ def probe(
     wanted = normalize_languages(languages.split(",")) if languages else None
     if wanted is not None and centre not in wanted:
         wanted = (centre, *wanted)
-    texts = read_texts(corpus, wanted or (centre,))
+    texts = read_texts(corpus, wanted or (centre,), offline=offline)
     with ProgressBars(shown=not quiet) as progress:
         loaded, execution = open_model(
             model or DEFAULT_MODEL,

@@ -9,8 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from polylens import distributed, hub
+from polylens.artefacts import read_text
 from polylens.cli import options
-from polylens.cli.console import ProgressBars, duration, err, out, print_json, size, table
+from polylens.cli.console import (
+    ProgressBars,
+    ProgressLines,
+    duration,
+    err,
+    out,
+    print_json,
+    size,
+    table,
+)
 from polylens.config import load_config
 from polylens.evaluation import Evaluation
 from polylens.languages import language_name
@@ -18,7 +28,7 @@ from polylens.plan import Plan
 from polylens.run import STAGES, RunResult
 from polylens.run import enhance as enhance_run
 
-_TITLES = {
+STAGE_TITLES = {
     "probe": "Probing the language subspaces",
     "train": "Training the top layers",
     "gate": "Choosing the strength that leaves the central language unharmed",
@@ -65,6 +75,13 @@ def enhance(
         ),
     ] = None,
     quiet: options.Quiet = False,
+    progress_lines: Annotated[
+        bool,
+        typer.Option(
+            "--progress-lines",
+            help="Progress as a line of JSON at a time, on stderr, for programs.",
+        ),
+    ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Make a model better in some languages: probe, train, save, prove, report.
@@ -107,24 +124,28 @@ def enhance(
         hub.check_target(push_to_hub)
     started = time.monotonic()
 
+    bars = ProgressLines() if progress_lines else ProgressBars(shown=not quiet)
+
     def announce(stage: str) -> None:
-        if not quiet:
+        if isinstance(bars, ProgressLines):
+            bars.stage(stage)
+        elif not quiet:
             err.print(
-                f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {_TITLES[stage]}",
+                f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {STAGE_TITLES[stage]}",
                 highlight=False,
                 markup=False,
             )
 
     def explain(plan: Plan) -> None:
-        if not quiet:
+        if not quiet and not progress_lines:
             err.print(plan.execution.sentence(), highlight=False, markup=False)
 
-    with ProgressBars(shown=not quiet) as progress:
+    with bars as progress:
         result = enhance_run(
             config,
             out_folder,
             runtime=runtime,
-            given=path.read_text(encoding="utf-8") if path else None,
+            given=read_text(path) if path else None,
             progress=progress,
             on_plan=explain,
             on_stage=announce,
@@ -145,8 +166,25 @@ def enhance(
     result.dial.require()
 
 
+EVALUATION_COLUMNS = (
+    "language",
+    "answers in it ↑",
+    "p",
+    "repeating ↓",
+    "bits per byte ↓",
+    "change, 95 %",
+    "states moved",
+    "KL, bits",
+)
+
+
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print before and after, central language first."""
+    table(None, EVALUATION_COLUMNS, evaluation_rows(evaluation))
+
+
+def evaluation_rows(evaluation: Evaluation) -> list[list[str]]:
+    """Return a row a language, central language first, under `EVALUATION_COLUMNS`."""
     by_name = {one.task.name: one for one in evaluation.measures}
     rows = []
     for language in evaluation.all_languages:
@@ -165,17 +203,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
                 f"{change.kl_bits:.3f}",
             ]
         )
-    columns = [
-        "language",
-        "answers in it ↑",
-        "p",
-        "repeating ↓",
-        "bits per byte ↓",
-        "change, 95 %",
-        "states moved",
-        "KL, bits",
-    ]
-    table(None, columns, rows)
+    return rows
 
 
 def _print_end(result: RunResult, seconds: float) -> None:

@@ -14,16 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from polylens import distributed
-from polylens.artefacts import readable_storage_errors
+from polylens.artefacts import read_text
 from polylens.cli import options
 from polylens.cli.console import ProgressBars, err, out, print_json, table
-from polylens.config import load_config
 from polylens.corpora import read_parallel
 from polylens.detection import LanguageDetector
 from polylens.errors import UsageError
 from polylens.evaluation.fidelity import detect_answers
 from polylens.evaluation.generation import generate_answers
-from polylens.evaluation.sides import Protocol, make_heldout, model_called
+from polylens.evaluation.sides import Protocol, make_heldout, model_of_subspaces
 from polylens.evaluation.statistics import rate_interval
 from polylens.evaluation.steering import (
     UNTOUCHED,
@@ -166,11 +165,11 @@ def steer(
     if measure:
         if prompts or prompts_file:
             raise UsageError("--measure asks held-out rows, so prompts must be left out")
-        protocol = _protocol(told_apart, corpus, rows, template, max_new_tokens)
+        protocol = _protocol(told_apart, corpus, rows, template, max_new_tokens, offline)
     else:
         asked = _read_prompts(prompts, prompts_file)
         detector = LanguageDetector(told_apart)
-    spec, own_revision = _model_of(subspaces, path, found, model)
+    spec, own_revision = model_of_subspaces(subspaces, path, found, model)
     with ProgressBars(shown=not quiet) as progress:
         loaded, execution = open_model(
             spec,
@@ -263,8 +262,7 @@ def _read_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
     if given:
         lines = list(given)
     elif file is not None:
-        with readable_storage_errors(file):
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(file).splitlines()
     else:
         lines = [] if sys.stdin.isatty() else sys.stdin.read().splitlines()
     found = [line.strip() for line in lines if line.strip()]
@@ -274,19 +272,6 @@ def _read_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
             "--prompts FILE, through a pipe, or --measure"
         )
     return found
-
-
-def _model_of(
-    given: Path, file: Path, subspaces: Subspaces, model: str | None
-) -> tuple[str, str | None]:
-    """Return the model that subspaces belong to, and its revision."""
-    if model is not None:
-        return model, None
-    resolved = given / "resolved.yaml"
-    if resolved.is_file():
-        config = load_config(resolved)
-        return config.model, config.revision
-    return model_called(str(subspaces.metadata.get("model")), file, "--model"), None
 
 
 def _languages(
@@ -301,9 +286,14 @@ def _languages(
 
 
 def _protocol(
-    languages: tuple[str, ...], corpus: str, rows: int, template: str | None, max_new_tokens: int
+    languages: tuple[str, ...],
+    corpus: str,
+    rows: int,
+    template: str | None,
+    max_new_tokens: int,
+    offline: bool,
 ) -> Protocol:
-    parallel = read_parallel(corpus, languages)
+    parallel = read_parallel(corpus, languages, offline=offline)
     return Protocol(
         rows=parallel.split(rows)[1] if parallel.n_heldout else parallel.limit(rows),
         central=languages[0],

@@ -66,7 +66,7 @@ def train(
     chosen = check(TrainSettings, given)
     languages = Subspaces.load(subspaces)
     targets = [k for k in languages.languages if k != languages.central]
-    parallel = read_parallel(corpus, (languages.central, *targets))
+    parallel = read_parallel(corpus, (languages.central, *targets), offline=offline)
     train_rows = parallel.split(0)[0] if parallel.n_heldout else parallel
     with ProgressBars(shown=not quiet) as progress:
         loaded, execution = open_model(

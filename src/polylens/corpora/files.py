@@ -5,30 +5,31 @@ What the columns of a row mean is the business of `polylens.corpora.readers`.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from polylens.artefacts import readable_storage_errors
+from polylens.artefacts import parse_json, readable_storage_errors, user_path
 from polylens.errors import CorpusError, DownloadError, MissingExtraError
 from polylens.languages import is_language
+from polylens.offline import is_offline
 
 Row = Mapping[str, Any]
 
-_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
-def read_rows(spec: str | Path) -> dict[str, list[Row]]:
-    """Return the rows of each file, by the file's stem."""
-    path = Path(spec).expanduser()
+def read_rows(spec: str | Path, *, offline: bool = False) -> dict[str, list[Row]]:
+    """Return the rows of each file, by the file's stem; offline, no network is used."""
+    path = user_path(spec)
     with readable_storage_errors(path):
         if path.is_dir():
             files = sorted(
                 file
                 for file in path.iterdir()
-                if file.suffix in _SUFFIXES and is_language(file.stem.split(".")[-1])
+                if file.suffix in SUFFIXES and is_language(file.stem.split(".")[-1])
             )
             if not files:
                 raise CorpusError(
@@ -39,7 +40,7 @@ def read_rows(spec: str | Path) -> dict[str, list[Row]]:
         if path.is_file():
             return {path.stem.split(".")[-1]: _read_file(path)}
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(spec)) and not path.suffix:
-        return {"": _read_hub(str(spec))}
+        return {"": _read_hub(str(spec), offline)}
     raise CorpusError(
         f"a corpus must be a file, a folder, a Hub data set id or 'starter', but there is no "
         f"{spec}; check the path"
@@ -58,7 +59,7 @@ def _read_file(path: Path) -> list[Row]:
         rows = _read_with_datasets(path)
     else:
         raise CorpusError(
-            f"a corpus file must end in {', '.join(_SUFFIXES)}, got {path.name}; convert or rename "
+            f"a corpus file must end in {', '.join(SUFFIXES)}, got {path.name}; convert or rename "
             "it"
         )
     if not rows:
@@ -70,11 +71,15 @@ def _read_file(path: Path) -> list[Row]:
 
 def _read_lines(path: Path) -> list[str]:
     """Lines of a UTF-8 file; not `splitlines`, since a text may hold U+2028 and other breaks."""
+    lines = _read_text(path).split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _read_text(path: Path) -> str:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path} must be text in UTF-8, but is not; convert it") from error
-    return lines[:-1] if lines[-1] == "" else lines
 
 
 def _read_jsonl(path: Path) -> list[Row]:
@@ -83,7 +88,7 @@ def _read_jsonl(path: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise CorpusError(
                 f"{path} must hold JSON in each line, but line {number} does not ({error})"
@@ -98,11 +103,11 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 
 def _read_json(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8")
+    text = _read_text(path)
     if not text.strip():
         return []
     try:
-        loaded = json.loads(text)
+        loaded = parse_json(text)
     except ValueError as error:
         raise CorpusError(f"{path} must hold JSON, but does not ({error}); mend it") from error
     if isinstance(loaded, dict):  # the published layout, or rows under some other name
@@ -130,13 +135,19 @@ def _read_with_datasets(path: Path) -> list[Row]:
         ) from error
 
 
-def _read_hub(spec: str) -> list[Row]:
-    """Read a Hub data set, "owner/name" or "owner/name:config"."""
+def _read_hub(spec: str, offline: bool) -> list[Row]:
+    """Read a Hub data set, "owner/name" or "owner/name:config"; offline, from the Hub's cache."""
     load_dataset = _load_dataset(f"the Hub data set {spec}")
     name, _, config = spec.partition(":")
     try:
-        found = load_dataset(name, config or None)
+        with _offline_hub() if is_offline(offline) else contextlib.nullcontext():
+            found = load_dataset(name, config or None)
     except (ConnectionError, TimeoutError) as error:
+        if is_offline(offline):
+            raise CorpusError(
+                f"{spec} must be in the cache of data sets to be used offline, but is not; load it "
+                "once with a network first, or give a local file"
+            ) from error
         raise DownloadError(
             f"{spec} must be downloadable from the Hub, but the Hub cannot be reached; give a "
             "local file"
@@ -148,6 +159,23 @@ def _read_hub(spec: str) -> list[Row]:
         ) from error
     split = "train" if "train" in found else next(iter(found))
     return list(found[split])
+
+
+@contextlib.contextmanager
+def _offline_hub() -> Iterator[None]:
+    """Keep both libraries from the network for a while; they read `HF_HUB_OFFLINE` only once."""
+    import datasets
+    from huggingface_hub import constants
+
+    places: tuple[Any, ...] = (datasets.config, constants)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 def _load_dataset(purpose: str) -> Any:

@@ -47,12 +47,15 @@ _ID_COLUMNS = ("id", "idx", "row", "row_id", "parallel_id")
 _TURN_COLUMNS = ("conversations", "messages", "conversation")
 
 
-def read_texts(spec: str | Path, languages: Sequence[str] | None = None) -> Corpus:
+def read_texts(
+    spec: str | Path, languages: Sequence[str] | None = None, *, offline: bool = False
+) -> Corpus:
     """Read texts per language, for probing.
 
     Args:
         spec: a file, a folder with one file a language, a Hub data set id, or "starter".
         languages: those needed; None takes all.
+        offline: never use the network.
 
     Raises:
         CorpusError: nothing there, nothing readable, or a language is missing.
@@ -61,7 +64,7 @@ def read_texts(spec: str | Path, languages: Sequence[str] | None = None) -> Corp
         corpus = starter_corpus().split(n_heldout=0)[0].to_corpus()
     else:
         texts: dict[str, list[str]] = {}
-        for stem, rows in read_rows(spec).items():
+        for stem, rows in read_rows(spec, offline=offline).items():
             for row in _texts_by_language(rows, stem, str(spec)):
                 for language, text in row.items():
                     texts.setdefault(language, []).append(text)
@@ -71,13 +74,16 @@ def read_texts(spec: str | Path, languages: Sequence[str] | None = None) -> Corp
     return corpus
 
 
-def read_parallel(spec: str | Path, languages: Sequence[str] | None = None) -> ParallelCorpus:
+def read_parallel(
+    spec: str | Path, languages: Sequence[str] | None = None, *, offline: bool = False
+) -> ParallelCorpus:
     """Read parallel rows, with answers where there are any, for training and evaluation.
 
     Args:
         spec: as `read_texts`.
         languages: central language first, then targets; None takes all. Rows without the first, or
             with no other, are left out.
+        offline: never use the network.
 
     Raises:
         CorpusError: nothing there, nothing readable, a language is missing, or rows are not
@@ -86,7 +92,7 @@ def read_parallel(spec: str | Path, languages: Sequence[str] | None = None) -> P
     if str(spec) == STARTER:
         corpus = starter_corpus()
     else:
-        files = read_rows(spec)
+        files = read_rows(spec, offline=offline)
         if len(files) > 1:
             corpus = ParallelCorpus.make(corpus_name(spec), _zip_files(files, str(spec)))
         else:
@@ -97,11 +103,12 @@ def read_parallel(spec: str | Path, languages: Sequence[str] | None = None) -> P
     return corpus if languages is None else corpus.select(languages)
 
 
-def read_answered(spec: str | Path) -> AnsweredCorpus:
+def read_answered(spec: str | Path, *, offline: bool = False) -> AnsweredCorpus:
     """Read prompts with their answers, for supervised fine-tuning.
 
     Args:
         spec: as `read_texts`.
+        offline: never use the network.
 
     Returns:
         Those that have an answer, and a language that can be told; there may be none.
@@ -111,7 +118,7 @@ def read_answered(spec: str | Path) -> AnsweredCorpus:
     """
     if str(spec) == STARTER:  # prompts alone
         return AnsweredCorpus.make(STARTER, {})
-    return AnsweredCorpus.make(corpus_name(spec), _pairs(read_rows(spec), spec))
+    return AnsweredCorpus.make(corpus_name(spec), _pairs(read_rows(spec, offline=offline), spec))
 
 
 def _pairs(
@@ -228,6 +235,11 @@ def _parallel_rows(rows: Sequence[Row], stem: str, where: str) -> list[dict[str,
         )
     joined: dict[Any, dict[str, str]] = {}
     for row, texts in zip(rows, _texts_by_language(rows, stem, where), strict=True):
+        if not isinstance(row.get(id_column), str | int | float):
+            raise CorpusError(
+                f"each row of {where} must have an id in its column {id_column}, but one has "
+                f"{str(row.get(id_column))[:40]!r}; add it"
+            )
         joined.setdefault(row[id_column], {}).update(texts)
     return list(joined.values())
 
@@ -256,10 +268,9 @@ def _turn(row: Row, where: str) -> str:
     """Return a row's text: Alpaca's instruction with its input, ShareGPT's first human turn."""
     for column in _TURN_COLUMNS:
         if isinstance(row.get(column), list):
-            for turn in row[column]:
-                if turn.get("from") in ("human", "user") or turn.get("role") == "user":
-                    return _text(turn.get("value", turn.get("content")))
-            return ""
+            turns = map(_fields, row[column])
+            asked = next(filter(_is_users, turns), {})
+            return _text(asked.get("value", asked.get("content")))
     if "instruction" in row:
         return "\n\n".join(filter(None, (_text(row["instruction"]), _text(row.get("input")))))
     for column in _TEXT_COLUMNS:
@@ -275,13 +286,20 @@ def _reply(row: Row) -> str:
     """Return a row's answer: of a conversation, the turn after the first human one."""
     for column in _TURN_COLUMNS:
         if isinstance(row.get(column), list):
-            turns = iter(row[column])
-            for turn in turns:
-                if turn.get("from") in ("human", "user") or turn.get("role") == "user":
-                    answer: Row = next(turns, {})
-                    return _text(answer.get("value", answer.get("content")))
-            return ""
+            turns = map(_fields, row[column])
+            if not any(map(_is_users, turns)):
+                return ""
+            answer = next(turns, {})
+            return _text(answer.get("value", answer.get("content")))
     return next((_text(row[column]) for column in _ANSWER_COLUMNS if column in row), "")
+
+
+def _fields(turn: Any) -> Row:
+    return turn if isinstance(turn, dict) else {}
+
+
+def _is_users(turn: Row) -> bool:
+    return turn.get("from") in ("human", "user") or turn.get("role") == "user"
 
 
 def _text(value: Any) -> str:

@@ -9,12 +9,13 @@ alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from polylens.hidden_states import token_batches
 from polylens.models.loading import LanguageModel
@@ -60,19 +61,7 @@ def generate_answers(
     Returns:
         The answers without special tokens or surrounding white space, in the order of the prompts.
     """
-    stops = _stop_ids(model)
-    pad = model.tokenizer.pad_token_id
-    pad = pad if pad is not None else (stops[0] if stops else 0)
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=stops or None,
-        pad_token_id=pad,
-    )
-    # `generate` fills what `config` leaves open from the model's own settings (a repetition
-    # penalty, banned tokens, …); this copy shares the weights, and has no others than `config`.
-    generator: Any = copy.copy(model.causal_lm)
-    generator.generation_config = config
+    generator, stops, pad = _make_generator(model, max_new_tokens)
     answers = [""] * len(prompts)
     done = 0
     progress(0, len(prompts), "answers")
@@ -85,7 +74,7 @@ def generate_answers(
             output = generator.generate(
                 input_ids=input_ids.to(where),
                 attention_mask=mask.to(where),
-                generation_config=config,
+                generation_config=generator.generation_config,
                 stopping_criteria=StoppingCriteriaList([stopping] if stop_strings else []),
             )
         new = output[:, input_ids.shape[1] :].tolist()  # what follows the first stop is padding
@@ -98,6 +87,84 @@ def generate_answers(
         done += len(batch)
         progress(done, len(prompts), "answers")
     return answers
+
+
+def stream_answer(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    on_text: Callable[[str], None],
+) -> tuple[str, int]:
+    """Answer one prompt greedily, and tell the answer while it grows.
+
+    Args:
+        model: the model, as it is now; it is not changed, nor are its generation settings.
+        prompt: token ids, at least one.
+        max_new_tokens: longest answer, in tokens.
+        on_text: told all of the answer so far after each token; whatever it raises stops the
+            answer.
+
+    Returns:
+        The answer, as `generate_answers` gives it, and its number of tokens; what ends it is none.
+    """
+    generator, stops, _ = _make_generator(model, max_new_tokens)
+    streamer = _Streamer(model.tokenizer, stops, on_text)
+    input_ids = torch.tensor([list(prompt)], device=model.structure.device)
+    with model.structure.runnable():
+        generator.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=generator.generation_config,
+            streamer=streamer,
+        )
+    return streamer.text().strip(), len(streamer.ids)
+
+
+class _Streamer(BaseStreamer):  # type: ignore[misc]
+    """Receives the tokens of one answer as they come; those of its prompt come first, at once."""
+
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[int], on_text: Callable[[str], None]
+    ) -> None:
+        self.ids: list[int] = []
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._on_text = on_text
+        self._is_answer = False
+
+    def put(self, value: Tensor) -> None:
+        if self._is_answer and value.item() not in self._stops:
+            self.ids.append(int(value.item()))
+            # Characters of which some bytes are still to come are decoded as U+FFFD.
+            self._on_text(self.text().rstrip("\ufffd").strip())
+        self._is_answer = True
+
+    def end(self) -> None:
+        pass
+
+    def text(self) -> str:
+        # All of it each time: what a token stands for may depend on those before it.
+        return str(self._tokenizer.decode(self.ids, skip_special_tokens=True))
+
+
+def _make_generator(model: LanguageModel, max_new_tokens: int) -> tuple[Any, list[int], int]:
+    """Return what generates, its stop tokens, and a token to pad with.
+
+    `generate` fills what a call leaves open from the model's own settings (a repetition penalty,
+    banned tokens, …); this copy shares the weights, and has no settings but ours.
+    """
+    stops = _stop_ids(model)
+    pad = model.tokenizer.pad_token_id
+    pad = pad if pad is not None else (stops[0] if stops else 0)
+    generator: Any = copy.copy(model.causal_lm)
+    generator.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stops or None,
+        pad_token_id=pad,
+    )
+    return generator, stops, pad
 
 
 class _StopAt(StoppingCriteria):  # type: ignore[misc]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from polylens.artefacts import readable_storage_errors
+from polylens.artefacts import parse_json, readable_storage_errors
 from polylens.errors import CorruptFileError, MissingExtraError, UsageError
 from polylens.evaluation.verdicts import READERS, JudgeQuestion
 from polylens.progress import Progress, silent
@@ -114,11 +114,13 @@ class Judgements:
         try:
             for line in whole.decode("utf-8").split("\n"):
                 if line:
-                    judgement = json.loads(line)
-                    self._lines[judgement["key"]] = judgement
+                    judgement = parse_json(line)
                     if not {"reply", "input_tokens", "output_tokens"} <= judgement.keys():
                         raise ValueError("a line lacks the reply or its tokens")
-        except (ValueError, KeyError, TypeError) as error:
+                    if not isinstance(judgement["reply"], str):
+                        raise ValueError("a reply is no text")
+                    self._lines[judgement["key"]] = judgement
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError(
                 f"{path} must hold one judgement a line, but is damaged ({error!r}); mend or "
                 "delete it and run again"

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from polylens.artefacts import read_json, readable_storage_errors, write_json, write_text
+from polylens.artefacts import (
+    parse_json,
+    read_object,
+    readable_storage_errors,
+    write_json,
+    write_text,
+)
 from polylens.errors import CorruptFileError, UsageError
 from polylens.evaluation.statistics import PairedDifference, compare_paired, holm, mean_interval
 
@@ -178,12 +184,7 @@ class Scorecard:
         return frozenset(entry["part_of"] for entry in self._content()["tasks"].values())
 
     def _content(self) -> Any:
-        content = read_json(self.path)
-        if not isinstance(content, dict) or not {"identity", "tasks"} <= set(content):
-            raise CorruptFileError(
-                f"{self.path} must be a scorecard, but is damaged; delete it and evaluate again"
-            )
-        return content
+        return read_object(self.path, _checked)
 
     def add(
         self,
@@ -236,9 +237,11 @@ class Scorecard:
         """
         path = self._file(name)
         with readable_storage_errors(path):
-            content = path.read_text(encoding="utf-8")
+            content = path.read_bytes()
         try:
-            return tuple(Example(**json.loads(line)) for line in content.split("\n") if line)
+            return tuple(
+                _example(parse_json(line)) for line in content.decode("utf-8").split("\n") if line
+            )
         except (ValueError, TypeError) as error:
             raise CorruptFileError(
                 f"{path} must hold one example a line, but is damaged ({error}); delete it and "
@@ -247,6 +250,22 @@ class Scorecard:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name.replace('/', '_')}.jsonl"
+
+
+def _checked(content: Any) -> Any:
+    """Return what a scorecard holds if it is all there."""
+    for entry in content["tasks"].values():
+        Task(**entry["task"])
+        _ = entry["part_of"] + "", [entry[key] + 0.0 for key in ("n", "mean", "low", "high")]
+    _ = [content["identity"][key] for key in ("model", "tokenizer")]
+    return content
+
+
+def _example(values: Any) -> Example:
+    example = Example(**values)
+    if not isinstance(example.key, str) or not isinstance(example.value, int | float):
+        raise TypeError("a line has no key or no value")
+    return example
 
 
 def compare_scorecards(before: Scorecard, after: Scorecard) -> list[Measure]:

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from polylens import distributed
-from polylens.artefacts import read_json, readable_storage_errors, write_json, write_text
+from polylens.artefacts import (
+    parse_json,
+    read_json,
+    readable_storage_errors,
+    write_json,
+    write_text,
+)
 from polylens.config import Runtime
 from polylens.detection import LanguageDetector, supported_languages
 from polylens.errors import CorpusError, UsageError
@@ -24,6 +30,7 @@ from polylens.evaluation.generation import TOKEN_BUDGET, generate_answers
 from polylens.evaluation.sides import Side, candidate_of, identity_of
 from polylens.execution import Execution, open_model
 from polylens.languages import normalize_language
+from polylens.locks import alone_in
 from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
 from polylens.prompts import PromptFormat, choose_format
@@ -149,7 +156,25 @@ def answer_sides(
     Raises:
         UsageError: a conversation cannot fit in the model's context, or the folder holds answers
             of something else.
+        RunError: another command is at work in the folder.
     """
+    with alone_in(out):
+        return _answer_sides(
+            sides, questions, out, runtime, limit, template, max_new_tokens, progress, on_execution
+        )
+
+
+def _answer_sides(
+    sides: Sequence[Side],
+    questions: Sequence[Question],
+    out: Path,
+    runtime: Runtime,
+    limit: int | None,
+    template: str,
+    max_new_tokens: int,
+    progress: Progress,
+    on_execution: Callable[[Execution], None],
+) -> list[Path]:
     by_model: dict[tuple[str, str | None], list[Side]] = {}
     for side in sides:
         by_model.setdefault((side.model, side.revision), []).append(side)
@@ -220,7 +245,7 @@ def _answer(
         for turn in range(N_TURNS):
             for texts, question in zip(said, chunk, strict=True):
                 texts.append(question.turns[turn])
-            prompts = [_encode(chat, model.tokenizer, texts) for texts in said]
+            prompts = [chat.encode_conversation(model.tokenizer, texts) for texts in said]
             own = generate_answers(
                 model,
                 distributed.own(prompts),
@@ -239,26 +264,6 @@ def _answer(
         progress(n_done, len(questions), what)
 
 
-def _encode(chat: PromptFormat, tokenizer: Any, texts: Sequence[str]) -> tuple[int, ...]:
-    """Return the prompt for a conversation so far.
-
-    Args:
-        chat: the prompt format; without a template, texts are parted by an empty line.
-        tokenizer: the model's tokenizer.
-        texts: the user's and the assistant's in turn, the user's last.
-    """
-    if chat.template is None:
-        return tuple(tokenizer("\n\n".join(texts))["input_ids"])
-    messages = [
-        {"role": "assistant" if number % 2 else "user", "content": text}
-        for number, text in enumerate(texts)
-    ]
-    rendered = tokenizer.apply_chat_template(
-        messages, chat_template=chat.template, tokenize=False, add_generation_prompt=True
-    )
-    return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-
-
 def _check_context(
     model: LanguageModel, questions: Sequence[Question], chat: PromptFormat, max_new_tokens: int
 ) -> None:
@@ -267,13 +272,12 @@ def _check_context(
     Raises:
         UsageError: one does not.
     """
-    settings = model.causal_lm.config.get_text_config()
-    context = getattr(settings, "max_position_embeddings", None)
+    context = model.context_length
     if context is None:
         return
     for question in questions:
         first, second = question.turns
-        n_tokens = len(_encode(chat, model.tokenizer, [first, "", second]))
+        n_tokens = len(chat.encode_conversation(model.tokenizer, [first, "", second]))
         needed = n_tokens + N_TURNS * max_new_tokens
         if needed > context:
             raise UsageError(
@@ -331,7 +335,7 @@ def _read_rows(path: Path, what: str) -> list[tuple[dict[str, Any], str]]:
             continue
         where = f"line {number} of {path}"
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError as error:
             raise CorpusError(f"{where} must be JSON, but is not ({error}); mend it") from None
         if not isinstance(values, dict):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polylens.artefacts import readable_storage_errors, write_text
+from polylens.artefacts import parse_json, readable_storage_errors, write_text
 from polylens.errors import CorruptFileError
 from polylens.evaluation.drift import StateChange
 from polylens.evaluation.fidelity import Fidelity
@@ -127,6 +127,14 @@ def write_answers(path: Path, answers: Iterable[Answer]) -> None:
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
+def _answer(values: Any) -> Answer:
+    answer = Answer(**values)
+    texts = (answer.language, answer.prompt, answer.answer, answer.detected)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(answer.id, int):
+        raise TypeError("an answer is no text, or has no number")
+    return answer
+
+
 def read_answers(path: Path) -> list[Answer]:
     """Read what `write_answers` wrote.
 
@@ -138,7 +146,7 @@ def read_answers(path: Path) -> list[Answer]:
     try:
         # Not `splitlines`: an answer may hold U+2028 and other breaks that JSON leaves as they are.
         lines = content.decode("utf-8").split("\n")
-        return [Answer(**json.loads(line)) for line in lines if line]
+        return [_answer(parse_json(line)) for line in lines if line]
     except (ValueError, TypeError) as error:
         raise CorruptFileError(
             f"{path} must hold answers, but is damaged ({error}); delete it and run again"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polylens.artefacts import read_json, readable_storage_errors
+from polylens.artefacts import read_object, readable_storage_errors
 from polylens.config import Runtime, load_config
 from polylens.corpora import ParallelCorpus
 from polylens.crown import CrownDelta
@@ -24,11 +24,13 @@ from polylens.evaluation.scoring import Candidate
 from polylens.evaluation.suite import Suite, run_suite
 from polylens.evaluation.tasks import TaskSpec
 from polylens.execution import Execution, open_model
-from polylens.journal import versions
+from polylens.journal import Journal, versions
+from polylens.locks import alone_in
 from polylens.models.loading import LanguageModel
 from polylens.models.registry import REGISTRY
 from polylens.progress import Progress, silent
 from polylens.prompts import choose_format, encode_parallel
+from polylens.subspaces import Subspaces
 
 BEFORE, AFTER = "before", "after"
 
@@ -123,7 +125,7 @@ def choose_sides(target: str, against: str | None, strengths: Sequence[float] | 
 def _base_of(delta: Path) -> str:
     """Return the model that a delta belongs to."""
     name = str(CrownDelta.load(delta).metadata.get("model"))
-    return model_called(name, delta, "--against, or by --model to export")
+    return model_called(name, delta, "--against, or by --model to export or chat")
 
 
 def model_called(name: str, file: Path, option: str) -> str:
@@ -145,10 +147,36 @@ def model_called(name: str, file: Path, option: str) -> str:
     )
 
 
+def model_of_subspaces(
+    given: Path, file: Path, subspaces: Subspaces, model: str | None
+) -> tuple[str, str | None]:
+    """Return the model that subspaces belong to, and its revision.
+
+    Args:
+        given: the folder of a run or a probe, or the file itself.
+        file: in which the subspaces are.
+        subspaces: of `file`.
+        model: as named by the user, which wins.
+
+    Raises:
+        UsageError: it cannot be told.
+    """
+    if model is not None:
+        return model, None
+    resolved = given / "resolved.yaml"
+    if resolved.is_file():
+        config = load_config(resolved)
+        return config.model, config.revision
+    return model_called(str(subspaces.metadata.get("model")), file, "--model"), None
+
+
 def run_strength(run: Path, configured: float) -> float:
     """Return the strength of a run's model: the one its gate chose, else the configured one."""
     gate = run / "gate.json"
-    return float(read_json(gate)["strength"]) if gate.exists() else configured
+    if not gate.exists():
+        return configured
+    Journal(run / "journal.jsonl").check([gate])
+    return read_object(gate, lambda values: float(values["strength"]))
 
 
 def evaluate_sides(
@@ -177,7 +205,21 @@ def evaluate_sides(
 
     Raises:
         UsageError: tokenizers differ, data are missing, or the folder holds something else.
+        RunError: another command is at work in the folder.
     """
+    with alone_in(out):
+        return _evaluate_sides(sides, protocol, out, runtime, progress, on_execution, on_part)
+
+
+def _evaluate_sides(
+    sides: Sequence[Side],
+    protocol: Protocol,
+    out: Path,
+    runtime: Runtime,
+    progress: Progress,
+    on_execution: Callable[[Execution], None],
+    on_part: Callable[[str], None],
+) -> list[Scorecard]:
     cards = [Scorecard(out / side.label) for side in sides]
     by_model: dict[tuple[str, str | None], list[int]] = {}
     for number, side in enumerate(sides):

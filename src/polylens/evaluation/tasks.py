@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import functools
 import importlib.util
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from polylens.artefacts import readable_storage_errors
+from polylens.artefacts import parse_json, read_text, readable_storage_errors
 from polylens.errors import MissingExtraError, UsageError, nearest
 from polylens.languages import language_name
 
@@ -289,11 +288,10 @@ def _alternatives(data_dir: Path | None, language: str) -> list[dict[str, Any]]:
 def _copa(data_dir: Path | None) -> dict[int, dict[str, Any]]:
     """English COPA's dev part by id."""
     path = _data_file(data_dir, "copa", "copa-dev.xml")
-    with readable_storage_errors(path):
-        try:
-            root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
-        except ElementTree.ParseError as error:
-            raise UsageError(f"{path} must be COPA's XML, but is not ({error})") from error
+    try:
+        root = ElementTree.fromstring(read_text(path))
+    except ElementTree.ParseError as error:
+        raise UsageError(f"{path} must be COPA's XML, but is not ({error})") from error
     return {
         int(item.attrib["id"]): {
             "premise": item.findtext("p", "").strip(),
@@ -317,10 +315,9 @@ def _without_antecedents(text: str) -> str:
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
-    with readable_storage_errors(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     try:
-        return [json.loads(line) for line in lines if line.strip()]
+        return [parse_json(line) for line in lines if line.strip()]
     except ValueError as error:
         raise UsageError(
             f"{path} must hold one JSON object a line, but does not ({error})"

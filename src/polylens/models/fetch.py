@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,21 +19,16 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from polylens.artefacts import readable_storage_errors, remove_leftovers, writing
+from polylens.artefacts import file_sha256, readable_storage_errors, remove_leftovers, writing
 from polylens.cache import cache_folder
 from polylens.errors import CorruptFileError, DownloadError, ModelError
 from polylens.models.gguf import convert_gguf
 from polylens.models.registry import RegistryModel
+from polylens.offline import is_offline
 from polylens.progress import Progress, silent
 
 _MANIFEST = "polylens-manifest.json"
 _CHUNK = 2**22
-
-
-def is_offline(offline: bool = False) -> bool:
-    """Whether the network must not be used: by argument, `POLYLENS_OFFLINE` or `HF_HUB_OFFLINE`."""
-    names = ("POLYLENS_OFFLINE", "HF_HUB_OFFLINE")
-    return offline or any(os.environ.get(name, "") in ("1", "true", "yes") for name in names)
 
 
 def model_folder(model: RegistryModel) -> Path:
@@ -113,15 +107,6 @@ def usable(folder: Path) -> bool:
         with contextlib.suppress(OSError):  # a read-only cache is hashed each time
             stamp.write_text(state, encoding="utf-8")
     return True
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _manifest_fits(folder: Path, *, contents: bool) -> bool:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from polylens.errors import ModelError
+from polylens.models.gguf_header import check_header
 
 
 def convert_gguf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -27,6 +28,7 @@ def convert_gguf(source: Path, target: Path, dtype: torch.dtype = torch.bfloat16
     Raises:
         ModelError: transformers cannot read the file.
     """
+    check_header(source)
     try:
         # transformers draws a bar of its own here, which no setting of it switches off.
         with contextlib.redirect_stderr(io.StringIO()):

@@ -61,6 +61,12 @@ class LanguageModel:
         """The transformers model."""
         return self.structure.causal_lm
 
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that it can read at once; None where its settings do not tell."""
+        settings = self.causal_lm.config.get_text_config()
+        return getattr(settings, "max_position_embeddings", None)
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and values of all weights.
@@ -102,8 +108,8 @@ def load_model(
     """
     where = choose_device(device)
     source = resolve(str(spec), revision=revision, offline=offline, progress=progress)
+    facts = describe(source.folder, trust_remote_code=trust_remote_code)
     if dtype == "auto":
-        facts = describe(source.folder, trust_remote_code=trust_remote_code)
         computing = computing_dtype(getattr(torch, facts.dtype), where)
     else:
         computing = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -117,7 +123,7 @@ def load_model(
             use_safetensors=True,
             local_files_only=True,
         )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a library boundary: it trusts what files say
         raise ModelError(
             f"{spec} must be a causal language model, but transformers cannot load it "
             f"({_first_line(error)}); check the folder"
@@ -149,7 +155,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
         return AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # a library boundary: it trusts what files say
         raise ModelError(
             f"{source.spec} must come with its tokenizer, but transformers cannot load one "
             f"({_first_line(error)}); add the tokenizer's files to the folder"

@@ -8,7 +8,6 @@ costs.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections import Counter
@@ -21,12 +20,15 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from polylens.artefacts import readable_storage_errors
+from polylens.artefacts import file_sha256, parse_json, readable_storage_errors, user_path
 from polylens.cache import cache_folder
 from polylens.errors import DownloadError, MissingExtraError, ModelError, nearest
-from polylens.models.fetch import convert_into_cache, fetch, file_sha256, is_offline, usable
+from polylens.models.fetch import convert_into_cache, fetch, usable
 from polylens.models.registry import REGISTRY
+from polylens.offline import is_offline
 from polylens.progress import Progress, silent
+
+_WIDTHS = ("hidden_size", "vocab_size")
 
 # Names of dtypes in safetensors' headers.
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -100,7 +102,7 @@ def resolve(
         DownloadError: the weights cannot be fetched.
     """
     progress = progress or silent
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if spec in REGISTRY:
         entry = REGISTRY[spec]
         folder = fetch(entry, offline=offline, progress=progress)
@@ -141,12 +143,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
                 f"a model folder must hold config.json, but {folder} does not; give the folder "
                 "that `save_pretrained` wrote"
             )
-        try:
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(
-                f"{config_path} must be JSON, but is not ({error}); mend it"
-            ) from error
+        config = _json_object(config_path)
         _check_decoder(config, folder)
         _check_precision(config, folder)
         if not list(folder.glob("*.safetensors")):
@@ -159,9 +156,14 @@ def check_folder(folder: Path) -> dict[str, Any]:
                     else "none; copy the weights there"
                 )
             )
+        if (folder / "adapter_config.json").exists():
+            raise ModelError(
+                f"a model folder must hold a whole model, but {folder} holds an adapter, which "
+                "names another model to load; merge the adapter first"
+            )
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = _shards(index)
             missing = sorted(shard for shard in shards if not (folder / shard).is_file())
             if missing:
                 raise ModelError(
@@ -171,25 +173,38 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        loaded = parse_json(path.read_bytes().decode("utf-8"))
+        if not isinstance(loaded, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise ModelError(f"{path} must be JSON, but is not ({error}); mend it") from error
+    return loaded
+
+
+def _shards(index: Path) -> set[str]:
+    """Return the files that an index names; they must lie beside it."""
+    shards = _json_object(index).get("weight_map")
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+    if not names or any(not re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+        raise ModelError(
+            f"{index} must map weights to .safetensors files beside it, but names others or none; "
+            "fetch the model again"
+        )
+    return names
+
+
 def describe(folder: Path, *, trust_remote_code: bool = False) -> ModelFacts:
     """Read a model's sizes from its config and safetensors headers.
 
     Raises:
         ModelError: the folder does not hold a decoder-only language model.
     """
-    check_folder(folder)
-    try:
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{folder} must hold a config that transformers reads, but it cannot ({reason})"
-        ) from error
-    text = config.get_text_config(decoder=True)
+    given = check_folder(folder)
     sizes: Counter[str] = Counter()
     stored: Counter[str] = Counter()
+    n_tensors = 0
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         try:
@@ -197,9 +212,10 @@ def describe(folder: Path, *, trust_remote_code: bool = False) -> ModelFacts:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     header = tensors.get_slice(name)
                     size = math.prod(header.get_shape())
+                    n_tensors += 1
                     stored[header.get_dtype()] += size
                     sizes["layers" if re.search(r"\.\d+\.", name) else "other"] += size
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{file} must be a safetensors file, but is damaged ({error}); fetch the model "
                 "again"
@@ -210,11 +226,23 @@ def describe(folder: Path, *, trust_remote_code: bool = False) -> ModelFacts:
             f"weights must be float32, bfloat16 or float16, but {folder.name} has {most}; give the "
             "model that it was made from"
         )
+    _check_sizes(given, n_tensors, sizes.total(), folder)
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        text = config.get_text_config(decoder=True)
+        numbers = {k: int(getattr(text, k)) for k in ("num_hidden_layers", *_WIDTHS)}
+    except Exception as error:  # a library boundary: it trusts what a config says
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{folder} must hold a config that transformers reads, but it cannot ({reason})"
+        ) from error
     return ModelFacts(
         model_type=config.model_type,
-        n_layers=int(text.num_hidden_layers),
-        hidden_size=int(text.hidden_size),
-        vocab_size=int(text.vocab_size),
+        n_layers=numbers["num_hidden_layers"],
+        hidden_size=numbers["hidden_size"],
+        vocab_size=numbers["vocab_size"],
         n_parameters=sizes.total(),
         n_layer_parameters=sizes["layers"],
         n_bytes=sum(file.stat().st_size for file in files),
@@ -222,9 +250,31 @@ def describe(folder: Path, *, trust_remote_code: bool = False) -> ModelFacts:
     )
 
 
+def _check_sizes(config: Mapping[str, Any], n_tensors: int, n_weights: int, folder: Path) -> None:
+    """Refuse a config that claims a larger model than its files hold: room is made by its word."""
+    for section in (config, config.get("text_config")):
+        if not isinstance(section, dict):
+            continue
+        n_layers = _size(section, "num_hidden_layers", "n_layer", "num_layers")
+        hidden_size = _size(section, "hidden_size", "n_embd")
+        widest = max(_size(section, name) for name in ("vocab_size", "intermediate_size"))
+        if n_layers > n_tensors or hidden_size * max(1, widest) > n_weights:
+            raise ModelError(
+                f"the weights of {folder.name} must be as many as its config.json says, but there "
+                f"are {n_weights} in {n_tensors} tensors for {n_layers} layers of size "
+                f"{hidden_size}; fetch the model again"
+            )
+
+
+def _size(section: Mapping[str, Any], *names: str) -> int:
+    found = [section[name] for name in names if isinstance(section.get(name), int)]
+    return max(found, default=0)
+
+
 def _check_decoder(config: dict[str, Any], folder: Path) -> None:
-    model_type = config.get("model_type", "")
-    architectures = config.get("architectures") or []
+    model_type = str(config.get("model_type", ""))
+    named = config.get("architectures")
+    architectures = [str(name) for name in named] if isinstance(named, list) else []
     causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     if not architectures:
         causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -240,11 +290,10 @@ def _check_decoder(config: dict[str, Any], folder: Path) -> None:
 
 def _check_precision(config: Mapping[str, Any], folder: Path) -> None:
     """Refuse weights that are not plain numbers: they cannot be trained, and not be changed."""
-    quantised = config.get("quantization_config") or (config.get("text_config") or {}).get(
-        "quantization_config"
-    )
-    if quantised:
-        method = quantised.get("quant_method", "an unknown method")
+    sections = [one for one in (config, config.get("text_config")) if isinstance(one, dict)]
+    for quantised in filter(None, (one.get("quantization_config") for one in sections)):
+        stated = quantised if isinstance(quantised, dict) else {}
+        method = stated.get("quant_method", "an unknown method")
         raise ModelError(
             f"weights must be float32, bfloat16 or float16, but those of {folder.name} are "
             f"quantised ({method}); give the model that it was made from, or a GGUF file"
@@ -307,7 +356,7 @@ def _from_hub(spec: str, revision: str | None, offline: bool) -> ModelSource:
         ) from error
     check_folder(folder)
     license_name = None
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         card = (folder / "README.md").read_text(encoding="utf-8")
         found = re.search(r"^license:\s*(\S+)", card, flags=re.MULTILINE)
         license_name = found.group(1) if found else None

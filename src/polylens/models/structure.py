@@ -17,8 +17,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -67,6 +67,8 @@ class Calls:
     """
 
     def __init__(self, structure: DecoderStructure, prefix_length: int = 0) -> None:
+        for forget in structure.on_pass:
+            forget()
         self._structure = structure
         self.device = structure.device
         self.prefix = SharedPrefix(structure.n_layers, prefix_length) if prefix_length else None
@@ -174,6 +176,7 @@ class DecoderStructure:
         layers_return_tuples: the decoder expects its layers' states as the first of a tuple.
         streaming: how weights that stay in their files are computed with; None when the weights
             are in memory as they compute.
+        on_pass: called when the engine begins to run layers over a corpus.
     """
 
     causal_lm: PreTrainedModel
@@ -184,6 +187,7 @@ class DecoderStructure:
     hidden_size: int
     layers_return_tuples: bool = False
     streaming: Streaming | None = None
+    on_pass: list[Callable[[], None]] = field(default_factory=list, compare=False)
 
     @property
     def layers(self) -> nn.ModuleList:

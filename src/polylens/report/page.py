@@ -5,7 +5,7 @@ It holds no time and no path, so the same run gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from torch import Tensor
 
 from polylens.evaluation import Answer, Evaluation
+from polylens.evaluation.fidelity import is_repeating
 from polylens.evaluation.gate import Dial, Verdict
 from polylens.evaluation.measures import Example, Measure
 from polylens.languages import language_name
@@ -26,12 +27,17 @@ from polylens.report.plots import (
     loss_curves,
     probe_figure,
     retrieval_figure,
+    strength_figure,
     subspace_map,
-    tradeoff_figure,
 )
 from polylens.subspaces import Subspaces
 
 _SAMPLES = 6
+_ALPHA = 0.05  # of corrected p-values
+_STRENGTHS = (
+    "Change against the untouched model by strength of the dial, signed so that more is better, "
+    "with bands of 95 % intervals. The dashed line is the strength of this model."
+)
 
 
 @dataclass(frozen=True)
@@ -73,27 +79,34 @@ def render_report(data: ReportData) -> str:
         figures["map"] = _figure(subspace_map(before, after, data.subspaces, data.map_layer), "map")
     figures["losses"] = _figure(loss_curves(data.training_log), "losses")
     figures["probe"] = _figure(probe_figure(data.subspaces), "probe")
+    evaluation, colours = (
+        data.evaluation,
+        language_colours(data.subspaces.languages, data.subspaces.central),
+    )
+    measures = {"after": evaluation.measures}
+    figures |= comparison_figures(measures, {}, evaluation.central)
+    if len(data.dial.measures) > 1:
+        strengths = strength_figure(
+            data.dial.measures, evaluation.central, chosen=data.dial.strength
+        )
+        figures["strengths"] = _figure(strengths, "strengths")
     if data.retrieval["before"]:
-        colours = language_colours(data.subspaces.languages, data.subspaces.central)
         figures["retrieval"] = _figure(retrieval_figure(data.retrieval, colours), "retrieval")
-    chosen = data.dial.strength
-    measures = {"after": data.evaluation.measures}
-    figures |= comparison_figures(measures, {}, data.evaluation.central)
-    tradeoff = tradeoff_figure(data.dial.measures, data.evaluation.central)
-    if tradeoff is not None:
-        figures["tradeoff"] = _figure(tradeoff, "tradeoff")
     return _render(
         "template.html",
-        title=f"{data.plan['model']['name']}: before and after",
-        evaluation=data.evaluation,
-        verdict=verdict(data.evaluation),
+        title=f"{data.plan['model']['name']}: {_listed(map(language_name, evaluation.languages))}",
+        evaluation=evaluation,
+        decision=decision(data.dial, evaluation.central),
+        summary=summary(evaluation),
+        caution=caution(evaluation),
+        by_name={one.task.name: one for one in evaluation.measures},
         samples=_samples(data),
         figures=figures,
         data=data,
         citation=CITATION,
         measures=measures,
-        verdicts={"after": data.dial.verdicts[chosen]},
-        colours=language_colours(data.subspaces.languages, data.subspaces.central),
+        colours=colours,
+        strengths_caption=_STRENGTHS,
     )
 
 
@@ -103,31 +116,84 @@ def render_probe_page(subspaces: Subspaces) -> str:
         "template.html",
         title=f"{subspaces.metadata['model']}: language subspaces",
         evaluation=None,
-        verdict="",
         samples={},
         figures={"probe": _figure(probe_figure(subspaces), "probe")},
         data=None,
         citation=CITATION,
         measures={},
-        verdicts={},
         colours=language_colours(subspaces.languages, subspaces.central),
     )
 
 
-def verdict(evaluation: Evaluation) -> str:
-    """Say in one sentence what was counted; no more than that.
-
-    What is beyond chance, the table of differences tells.
-    """
-    parts = []
-    for language in evaluation.all_languages:
-        fidelity = evaluation.fidelity[language]
-        name = language_name(language)
-        parts.append(
-            f"{name} questions answered in {name}: {fidelity.before.passed} → "
-            f"{fidelity.after.passed} of {fidelity.after.n}"
+def decision(dial: Dial, central: str) -> str:
+    """Say in one sentence whether the gate lets the model pass, and at which strength."""
+    verdict = dial.verdicts[dial.strength]
+    if verdict is None:
+        return f"Nothing told whether {language_name(central)} was harmed: the gate had no figures."
+    protected = _listed(language_name(k) for k in dict.fromkeys(c.language for c in verdict.checks))
+    if not dial.holds:
+        return (
+            f"The gate fails: harm to {protected} beyond the margin cannot be ruled out at any "
+            "strength that was tried, and no model was saved."
         )
-    return "; ".join(parts) + "."
+    down = "" if dial.strength == dial.wanted else f", turned down from {dial.wanted:g}"
+    return (
+        f"The gate holds at strength {dial.strength:g}{down}: harm to {protected} beyond the "
+        "margin is ruled out."
+    )
+
+
+def summary(evaluation: Evaluation) -> str:
+    """Say what chance does not explain, gains first; no more than that."""
+    certain = [one for one in evaluation.measures if one.p_corrected < _ALPHA]
+    n = len(evaluation.measures)
+    if not certain:
+        return f"None of {n} figures changed beyond chance."
+    parts = []
+    for which, found in (
+        ("Better", [one for one in certain if one.gain > 0]),
+        ("Worse", [one for one in certain if one.gain <= 0]),
+    ):
+        if found:
+            parts.append(f"{which} beyond chance: {_listed(map(_told, found))}.")
+    if len(certain) < n:
+        parts.append(f"Chance may explain the changes of the other {n - len(certain)} figures.")
+    return " ".join(parts)
+
+
+def caution(evaluation: Evaluation) -> str:
+    """Say in which languages more answers repeat themselves than before; "" if in none."""
+    found = []
+    for language in evaluation.all_languages:
+        before, after = evaluation.fidelity[language].before, evaluation.fidelity[language].after
+        if after.repeating > before.repeating:
+            found.append(
+                f"{language_name(language)} ({before.repeating} → {after.repeating} of {after.n})"
+            )
+    if not found:
+        return ""
+    return (
+        f"More answers repeat themselves than before in {_listed(found)}: read them below, and "
+        "turn the dial down where they say so."
+    )
+
+
+def _told(one: Measure) -> str:
+    """Name a figure, and how it changed."""
+    change, language = one.change, one.task.language
+    name = one.task.name if language is None else one.task.name.removesuffix(f"_{language}")
+    name = "answers in the language" if name == "fidelity" else name
+    where = f"{language_name(language)}, " if language else ""
+    return (
+        f"{where}{name.replace('_', ' ')} {change.before:.3f} → {change.after:.3f} "
+        f"({change.low:+.3f} to {change.high:+.3f})"
+    )
+
+
+def _listed(parts: Iterable[str]) -> str:
+    """Join with commas, and "and" before the last."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _samples(data: ReportData) -> dict[str, list[tuple[Answer, Answer]]]:
@@ -173,13 +239,21 @@ def render_comparison(
         verdicts=verdicts,
         central=central,
         figures=comparison_figures(measures, strengths, central),
+        strengths_caption=_STRENGTHS.partition(" The dashed")[0],
     )
+
+
+def render_measures(
+    measures: Mapping[str, Sequence[Measure]], verdicts: Mapping[str, Verdict | None]
+) -> Markup:
+    """Return the table of differences as HTML, without figures; see `render_comparison`."""
+    return Markup(_render("measures.html", measures=measures, verdicts=verdicts, figures={}))
 
 
 def comparison_figures(
     measures: Mapping[str, Sequence[Measure]], strengths: Mapping[str, float], central: str
 ) -> dict[str, Markup]:
-    """Return the differences of each candidate, and the trade-off where there are strengths."""
+    """Return the differences of each candidate, and all by strength where there are several."""
     figures = {
         f"differences-{label}": _figure(difference_figure(found, central), f"differences-{number}")
         for number, (label, found) in enumerate(measures.items())
@@ -187,9 +261,7 @@ def comparison_figures(
     }
     if len(strengths) > 1:
         points = {strengths[label]: found for label, found in measures.items()}
-        figure = tradeoff_figure(points, central)
-        if figure is not None:
-            figures["tradeoff"] = _figure(figure, "tradeoff")
+        figures["strengths"] = _figure(strength_figure(points, central), "strengths")
     return figures
 
 
@@ -201,4 +273,5 @@ def _render(name: str, **values: Any) -> str:
         trim_blocks=True,
     )
     environment.filters["language"] = language_name
+    environment.tests["repeating"] = is_repeating
     return environment.get_template(name).render(plotly=Markup(get_plotlyjs()), **values)

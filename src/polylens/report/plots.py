@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,9 @@ from polylens.subspaces import Subspaces
 _CENTRAL = "#767676"
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7A5195")
 _LINE = "rgba(128,128,128,0.25)"
+
+_HOVER_WIDTH = 48
+_HOVER_LINES = 6
 
 
 def language_colours(languages: Sequence[str], central: str) -> dict[str, str]:
@@ -92,7 +97,7 @@ def probe_figure(subspaces: Subspaces) -> go.Figure:
         for column, which in ((1, 1), (2, 0)):
             figure.add_scatter(
                 x=layers,
-                y=[pair[which] for pair in distances],
+                y=[round(pair[which], 9) for pair in distances],  # 0, not its rounding
                 name=language_name(language),
                 legendgroup=language,
                 showlegend=column == 1,
@@ -123,22 +128,28 @@ def probe_figure(subspaces: Subspaces) -> go.Figure:
             row=2,
             col=2,
         )
-    figure.update_yaxes(type="log", row=2, col=2)
+    figure.update_yaxes(rangemode="tozero", row=1)
+    figure.update_yaxes(type="log", dtick=1, row=2, col=2)
     figure.update_yaxes(tickformat=".0%", row=2, col=1)
     figure.update_xaxes(title_text="decoder layer (the last entry is after the final norm)", row=2)
     return _styled(figure, height=640)
 
 
 def subspace_map(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], subspaces: Subspaces, layer: int
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor] | None,
+    subspaces: Subspaces,
+    layer: int,
+    texts: Mapping[str, Sequence[str]] | None = None,
 ) -> go.Figure:
     """Draw held-out prompts in both subspaces; arrows lead from each mean before to after.
 
     Args:
         before: language → (n, hidden_size), states of the untouched model.
-        after: of the enhanced model, same prompts.
+        after: of the enhanced model, same prompts; None draws the untouched model's alone.
         subspaces: of the model.
         layer: whose states these are; it must have been probed.
+        texts: language → the n prompts, shown under the pointer; None shows the language.
     """
     figure = make_subplots(
         rows=1,
@@ -150,11 +161,15 @@ def subspace_map(
         specific_plane(before, subspaces, layer),
         agnostic_plane(before, subspaces, layer),
     )
-    colours = language_colours(list(before), subspaces.central)
+    # Files sort their tensors: the order that colours go by is that of the subspaces.
+    languages = list(dict.fromkeys((*subspaces.languages, *before)))
+    colours = language_colours(languages, subspaces.central)
     for column, plane in enumerate(planes, start=1):
         for language, colour in colours.items():
             if language in before:
-                _draw_language(figure, plane, language, before, after, colour, column)
+                own = (before[language], None if after is None else after[language])
+                shown = None if texts is None else texts[language]
+                _draw_language(figure, plane, language, own, shown, colour, column)
     figure.update_xaxes(title_text="first principal axis", row=1, col=1)
     figure.update_yaxes(title_text="second principal axis", row=1, col=1)
     figure.update_xaxes(title_text="along mu_a", row=1, col=2)
@@ -216,60 +231,70 @@ def difference_figure(measures: Sequence[Measure], central: str) -> go.Figure:
             )
         figure.add_vline(x=0, line={"color": _CENTRAL, "width": 1, "dash": "dot"}, row=row, col=1)
     figure.update_yaxes(autorange="reversed")
-    return _styled(figure, height=100 + 70 * len(by_metric) + 24 * len(measures))
+    _styled(figure, height=66 + 70 * len(by_metric) + 24 * len(measures))
+    return figure.update_layout(margin_t=36)  # no legend
 
 
-def tradeoff_figure(points: Mapping[float, Sequence[Measure]], central: str) -> go.Figure | None:
-    """Draw the targets' gain against the central language's, by strength; one panel a metric.
+def strength_figure(
+    points: Mapping[float, Sequence[Measure]], central: str, *, chosen: float | None = None
+) -> go.Figure:
+    """Draw by strength what each language gains or loses; one panel a family of tasks.
 
     Args:
-        points: strength → measures.
-        central: the language to protect.
-
-    Returns:
-        The figure; None if no metric has both the central language and another.
+        points: strength → measures; the untouched model, at 0, is added.
+        central: the language to protect, grey.
+        chosen: strength to mark.
     """
-    panels = _panels(points, central)
-    if not panels:
-        return None
-    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=list(panels))
+    panels = _panels(points)
+    n_columns = min(2, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    figure = make_subplots(
+        rows=n_rows,
+        cols=n_columns,
+        subplot_titles=list(panels),
+        vertical_spacing=0.35 / n_rows,
+    )
     languages = list(dict.fromkeys(k for lines in panels.values() for k in lines))
     colours = language_colours(languages, central)
     shown: set[str] = set()
-    for column, lines in enumerate(panels.values(), start=1):
+    for index, lines in enumerate(panels.values()):
+        where = {"row": index // n_columns + 1, "col": index % n_columns + 1}
         for language, line in lines.items():
-            strengths = sorted(line)
-            ours = [_signed(line[s][1]) for s in strengths]
-            theirs = [_signed(line[s][0]) for s in strengths]
+            strengths = [0.0, *sorted(line)]
+            found = [(0.0, 0.0, 0.0), *(_signed(line[s]) for s in strengths[1:])]
+            low, middle, high = zip(*found, strict=True)
             figure.add_scatter(
-                x=[0, *(middle for _, middle, _ in theirs)],
-                y=[0, *(middle for _, middle, _ in ours)],
-                error_x=_bars(theirs, colours[language]),
-                error_y=_bars(ours, colours[language]),
-                text=["", *(f"{s:g}" for s in strengths)],
-                textposition="top right",
-                mode="lines+markers+text",
-                marker={
-                    "symbol": ["circle-open", *("circle" for _ in strengths)],
-                    "size": 8,
-                },
+                x=[*strengths, *reversed(strengths)],
+                y=[*high, *reversed(low)],
+                fill="toself",
+                fillcolor=colours[language],
+                opacity=0.13,
+                mode="lines",
+                line={"width": 0},
+                hoverinfo="skip",
+                legendgroup=language,
+                showlegend=False,
+                **where,
+            )
+            figure.add_scatter(
+                x=strengths,
+                y=middle,
+                mode="lines+markers",
+                marker={"size": 6},
                 line={"color": colours[language], "width": 2},
-                name=language_name(language),
+                name=language_name(language) if language else "all",
                 legendgroup=language,
                 showlegend=language not in shown,
-                row=1,
-                col=column,
+                hovertemplate="strength %{x:g}: %{y:+.4f}<extra>%{fullData.name}</extra>",
+                **where,
             )
             shown.add(language)
-        figure.update_xaxes(title_text=f"{language_name(central)}: change", row=1, col=column)
-        figure.update_yaxes(title_text="target: change", row=1, col=column)
-        figure.add_vline(
-            x=0, line={"color": _CENTRAL, "width": 1, "dash": "dot"}, row=1, col=column
-        )
-        figure.add_hline(
-            y=0, line={"color": _CENTRAL, "width": 1, "dash": "dot"}, row=1, col=column
-        )
-    return _styled(figure, height=420)
+        dotted = {"color": _CENTRAL, "width": 1, "dash": "dot"}
+        figure.add_hline(y=0, line=dotted, **where)
+        if chosen is not None:
+            figure.add_vline(x=chosen, line={**dotted, "dash": "dash"}, **where)
+        figure.update_xaxes(title_text="strength", **where)
+    return _styled(figure, height=120 + 260 * n_rows)
 
 
 def retrieval_figure(
@@ -305,23 +330,17 @@ def retrieval_figure(
 
 
 def _panels(
-    points: Mapping[float, Sequence[Measure]], central: str
-) -> dict[str, dict[str, dict[float, tuple[Measure, Measure]]]]:
-    """Title → language → strength → the central language's measure, and the target's."""
-    panels: dict[str, dict[str, dict[float, tuple[Measure, Measure]]]] = {}
+    points: Mapping[float, Sequence[Measure]],
+) -> dict[str, dict[str, dict[float, Measure]]]:
+    """Title → language → strength → measure."""
+    panels: dict[str, dict[str, dict[float, Measure]]] = {}
     for strength, measures in points.items():
-        # Tasks of one family and protocol belong together: xcopa_sw_letters and xcopa_en_letters.
-        families: dict[str, dict[str, Measure]] = {}
         for one in measures:
-            if one.task.language is not None:
-                family = " ".join(p for p in one.task.name.split("_") if p != one.task.language)
-                families.setdefault(family, {})[one.task.language] = one
-        for family, by_language in families.items():
-            if central in by_language:
-                for language, one in by_language.items():
-                    if language != central:
-                        line = panels.setdefault(family, {}).setdefault(language, {})
-                        line[strength] = (by_language[central], one)
+            # Tasks of one family and protocol belong together: xcopa_sw_letters, xcopa_en_letters.
+            language = one.task.language or ""
+            family = " ".join(p for p in one.task.name.split("_") if p != language)
+            title = f"{family} saved" if not one.task.higher_is_better else family
+            panels.setdefault(title, {}).setdefault(language, {})[strength] = one
     return panels
 
 
@@ -333,29 +352,18 @@ def _signed(one: Measure) -> tuple[float, float, float]:
     return -change.high, -change.difference, -change.low
 
 
-def _bars(intervals: Sequence[tuple[float, float, float]], colour: str) -> dict[str, Any]:
-    """Error bars of points, the first of which is the origin."""
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [0, *(high - middle for _, middle, high in intervals)],
-        "arrayminus": [0, *(middle - low for low, middle, _ in intervals)],
-        "color": colour,
-        "thickness": 1,
-    }
-
-
 def _draw_language(
     figure: go.Figure,
     plane: Plane,
     language: str,
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
+    states: tuple[Tensor, Tensor | None],
+    texts: Sequence[str] | None,
     colour: str,
     column: int,
 ) -> None:
-    was, now = plane.coordinates(before[language]), plane.coordinates(after[language])
-    for points, symbol, opacity in ((was, "circle-open", 0.45), (now, "circle", 0.45)):
+    drawn = [plane.coordinates(one) for one in states if one is not None]
+    symbols = ("circle-open", "circle") if len(drawn) == 2 else ("circle",)
+    for points, symbol in zip(drawn, symbols, strict=True):
         figure.add_scatter(
             x=_rounded(points[:, 0]),
             y=_rounded(points[:, 1]),
@@ -364,12 +372,14 @@ def _draw_language(
             legendgroup=language,
             showlegend=column == 1 and symbol == "circle",
             marker={"color": colour, "size": 6, "symbol": symbol},
-            opacity=opacity,
-            hoverinfo="name",
+            opacity=0.45,
             row=1,
             col=column,
+            **_hover(texts),
         )
-    start, end = was.mean(0).tolist(), now.mean(0).tolist()
+    if len(drawn) == 1:
+        return
+    start, end = (points.mean(0).tolist() for points in drawn)
     figure.add_annotation(
         x=end[0],
         y=end[1],
@@ -385,6 +395,18 @@ def _draw_language(
         row=1,
         col=column,
     )
+
+
+def _hover(texts: Sequence[str] | None) -> dict[str, Any]:
+    """What a point shows under the pointer: its text, in short lines, or its language alone."""
+    if texts is None:
+        return {"hoverinfo": "name"}
+    # plotly reads tags in a text; what looks like one is the prompt's own.
+    lines = [
+        "<br>".join(map(html.escape, textwrap.wrap(text, _HOVER_WIDTH, max_lines=_HOVER_LINES)))
+        for text in texts
+    ]
+    return {"text": lines, "hoverinfo": "text+name"}
 
 
 def _rounded(values: Tensor) -> list[float]:

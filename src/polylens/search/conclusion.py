@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from polylens.artefacts import read_json, write_json, write_text
+from polylens.artefacts import read_object, write_json, write_text
 from polylens.config import RunConfig, changed, dump_yaml
 from polylens.evaluation.measures import Example, Task, TaskRun, compare_runs
 from polylens.report.search_page import render_search
@@ -171,7 +171,7 @@ def _report(
     by_number = {trial.number: trial for trial, _ in wanted}
     for number, trial in by_number.items():
         path = folder.reported(number)
-        kept = read_json(path) if path.exists() else {}
+        kept = read_object(path, dict) if path.exists() else {}
         strengths = sorted({point.strength for one, point in wanted if one.number == number})
         missing = [strength for strength in strengths if f"{strength:g}" not in kept]
         if missing:

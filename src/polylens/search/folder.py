@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from polylens.artefacts import read_json
+from polylens.artefacts import read_object
 from polylens.search.trials import Trial
 
 
@@ -56,4 +56,4 @@ class SearchFolder:
     def finished(self) -> list[Trial]:
         """Read the finished trials, by number."""
         paths = sorted((self.path / "trials").glob("[0-9]*.json"))
-        return [Trial.from_dict(read_json(path)) for path in paths]
+        return [read_object(path, Trial.from_dict) for path in paths]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from polylens import distributed
 from polylens.artefacts import (
     read_json,
+    read_object,
     readable_storage_errors,
     remove_leftovers,
     write_json,
@@ -99,7 +100,7 @@ def search(
     start = space.start(config)
     runtime = runtime or Runtime()
     folder = SearchFolder(Path(out))
-    split = split_rows(config, n_development)
+    split = split_rows(config, n_development, offline=runtime.offline)
     plan = make_plan(config, runtime, progress)
     check_space(space, config, plan.facts.n_layers)
     boundaries = space.boundary_layers(config, plan.facts.n_layers)
@@ -189,7 +190,7 @@ def _do_trials(
 
         path = folder.trial(number)
         if path.exists():  # killed between writing it and telling Optuna
-            trial = Trial.from_dict(read_json(path))
+            trial = read_object(path, Trial.from_dict)
         else:
             trial = run_trial(bench, number, settings, strengths, sample, stop)
             write_json(path, trial.to_dict())

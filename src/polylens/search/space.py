@@ -21,7 +21,7 @@ import yaml
 from polylens.config import ProbeSettings, RunConfig, TrainSettings, changed, read_yaml
 from polylens.errors import ConfigError, nearest
 from polylens.subspaces import check_rank
-from polylens.training import trained_layers
+from polylens.training import boundary_layers
 
 _SECTIONS = {"probe": ProbeSettings, "train": TrainSettings}
 _FIXED = ("probe.corpus", "train.corpus")
@@ -113,15 +113,17 @@ class Space:
         return values
 
     def boundary_layers(self, config: RunConfig, n_layers: int) -> tuple[int, ...]:
-        """Return the layers at which crowns may begin, ascending.
+        """Return the layers whose input trials need, ascending; no crown begins below the first.
 
         Raises:
             ConfigError: the model has no such layers.
         """
-        key = "train.layers"
-        dimension = self.dimensions.get(key)
-        configs = [changed(config, {key: one}) for one in _all_values(dimension)] or [config]
-        return tuple(sorted({min(trained_layers(one.train, n_layers)) for one in configs}))
+        configs = [config]
+        for key in ("train.layers", "train.loss_layers"):
+            values = list(_all_values(self.dimensions.get(key)))
+            configs = [changed(one, {key: value}) for one in configs for value in values] or configs
+        needed = {layer for one in configs for layer in boundary_layers(one.train, n_layers)}
+        return tuple(sorted(needed))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as a YAML file has them."""

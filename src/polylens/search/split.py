@@ -34,17 +34,18 @@ class Split:
     report: ParallelCorpus
 
 
-def split_rows(config: RunConfig, n_development: int) -> Split:
+def split_rows(config: RunConfig, n_development: int, *, offline: bool = False) -> Split:
     """Divide the rows of a run.
 
     Args:
         config: of the run.
         n_development: rows to search on.
+        offline: never use the network.
 
     Raises:
         CorpusError: too few rows, or one part lacks a language.
     """
-    pool, report = choose_rows(changed(config, {"train.rows": None}))
+    pool, report = choose_rows(changed(config, {"train.rows": None}), offline=offline)
     seen = _texts(report)
     pool = _without(pool, seen)
     if len(pool.rows) < n_development + 2:
