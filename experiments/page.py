@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from design import CENTRAL, LANGUAGES
+from design import CENTRAL, LANGUAGES, SETTINGS
 from polylens.artefacts import read_json
 from polylens.evaluation.statistics import PairedDifference, compare_paired
+from polylens.forecast import Signs
+from prediction import Case, Gains, forecast_block
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
@@ -165,9 +167,44 @@ def seed_spread(sides: Mapping[str, Side], chosen: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def forecast_cases(settings: Sequence[str]) -> list[Case]:
+    """Signs and gains of every model that has both; gains are on the rows that are reported."""
+    cases = []
+    for model, title in NAMES.items():
+        path, sides = HERE / "results" / model / "signs.json", read(model, "report")
+        if not path.exists() or "base" not in sides:
+            continue
+        signs = read_json(path)["signs"]
+        cases += [
+            Case(
+                title,
+                language,
+                Signs(**signs[language]),
+                {name: _gains(sides, name, language) for name in settings},
+            )
+            for language in LANGUAGES
+        ]
+    return cases
+
+
+def _gains(sides: Mapping[str, Side], setting: str, language: str) -> Gains:
+    if setting not in sides:
+        return Gains()
+
+    def of(column: Column, factor: float) -> float | None:
+        names = column.of([language], sides["base"])
+        found = compare(sides["base"], sides[setting], names)
+        return None if found is None else factor * found.difference
+
+    return Gains(of(REPLIES, -1.0), of(FIDELITY, 100.0), of(REPEATING, 100.0))
+
+
 def blocks() -> dict[str, str]:
     """Everything that the page takes from the files."""
     found = {}
+    lens = [name for name in MAIN if name in SETTINGS and SETTINGS[name].method == "lens"]
+    if cases := forecast_cases(lens):
+        found["forecast"] = forecast_block(cases, lens)
     for model in NAMES:
         for split in ("report", "development"):
             sides = read(model, split)

@@ -352,6 +352,52 @@ def test_models_and_doctor(run: Any, tiny_folder: Path) -> None:
     assert "torch" in out
 
 
+FORECAST = ["doctor", "--languages", "sw,zh", "train.rows=3", "evaluate.rows=2"]
+
+
+def test_a_forecast(run: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polylens.forecast.MAX_NEW_TOKENS", 2)
+    code, out, err = run(*FORECAST, "--model", tiny_folder, "--forecast", "--json")
+    assert code == 0, err
+    found = json.loads(out)["forecast"]
+    assert list(found) == ["en", "sw", "zh"]
+    for language, signs in found.items():
+        assert signs["n_texts"] == signs["n_answers"] == 3
+        assert signs["bits_per_byte"] > 0
+        assert ("outlook" in signs) == ("sentence" in signs) == (language != "en")
+    code, out, err = run(*FORECAST, "--model", tiny_folder, "--forecast")
+    assert code == 0, err
+    words = " ".join(out.split())
+    for language, name in (("sw", "Swahili"), ("zh", "Chinese")):
+        assert f"{name}: {found[language]['sentence']}." in words
+
+
+def test_without_a_forecast_no_weights_are_loaded(
+    run: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("polylens.cli.doctor.load_as_planned")
+    code, out, err = run(*FORECAST, "--model", tiny_folder, "--json")
+    assert code == 0, err
+    assert "forecast" not in json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--forecast"], "need its languages; add --languages"),
+        (["--forecast", "--languages", "sw", "train.rows=1"], "at least two rows of each language"),
+        (["--forecast", "--languages", "swa-hili"], "must be a BCP 47 code"),
+    ],
+)
+def test_a_forecast_that_cannot_be_made(
+    run: Any, tiny_folder: Path, arguments: list[str], message: str
+) -> None:
+    code, out, err = run("doctor", "--model", tiny_folder, *arguments)
+    assert code == 2
+    assert out == ""
+    assert message in " ".join(err.split())
+
+
 def test_an_unreadable_cache(
     run: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

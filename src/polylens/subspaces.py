@@ -356,23 +356,37 @@ def check_layers(layers: Sequence[int] | None, n_entries: int) -> tuple[int, ...
     return tuple(sorted(set(layers)))
 
 
-def _separability(pooled: Mapping[str, Tensor], layers: Sequence[int], basis: Tensor) -> Tensor:
-    """Leave-one-out accuracy of the nearest language mean, per layer, in the specific subspace."""
-    counts = torch.tensor([len(states) for states in pooled.values()], dtype=torch.float64)
+def told_apart(states: Mapping[str, Tensor], basis: Tensor) -> dict[str, Tensor]:
+    """Tell languages by the nearest mean within a subspace, each text left out of its own mean.
+
+    Args:
+        states: language → (n_texts, hidden_size) float64, states of one layer.
+        basis: (rank, hidden_size) float64, orthonormal rows.
+
+    Returns:
+        Language → (n_texts,) bool, whether the nearest mean is that of the text's own language; a
+        language's only text has no mean left, and is never told.
+    """
+    counts = torch.tensor([len(part) for part in states.values()], dtype=torch.float64)
     label = torch.repeat_interleave(torch.arange(len(counts)), counts.long())
+    coordinates = torch.cat(list(states.values())) @ basis.T  # (n_texts, rank)
+    sums = torch.zeros(len(counts), basis.shape[0], dtype=torch.float64)
+    sums = sums.index_add(0, label, coordinates)
+    distance = torch.cdist(coordinates, sums / counts[:, None])  # (n_texts, n_languages)
+    others = (sums[label] - coordinates) / (counts[label] - 1).clamp(min=1)[:, None]
+    own = (coordinates - others).norm(dim=1)
+    own[counts[label] == 1] = torch.inf
+    distance[torch.arange(len(label)), label] = own
+    told = distance.argmin(1) == label
+    return dict(zip(states, told.split([len(part) for part in states.values()]), strict=True))
+
+
+def _separability(pooled: Mapping[str, Tensor], layers: Sequence[int], basis: Tensor) -> Tensor:
+    """Share of all texts that are told apart, per layer, in the specific subspace."""
     accuracy = []
     for index, layer in enumerate(layers):
-        states = torch.cat([states[:, layer] for states in pooled.values()]).double()
-        coordinates = states @ basis[index].T  # (n_texts, rank)
-        sums = torch.zeros(len(counts), basis.shape[1], dtype=torch.float64)
-        sums = sums.index_add(0, label, coordinates)
-        distance = torch.cdist(coordinates, sums / counts[:, None])  # (n_texts, n_languages)
-        # The own mean without the text itself; a language's only text has no mean left.
-        others = (sums[label] - coordinates) / (counts[label] - 1).clamp(min=1)[:, None]
-        own = (coordinates - others).norm(dim=1)
-        own[counts[label] == 1] = torch.inf
-        distance[torch.arange(len(label)), label] = own
-        accuracy.append((distance.argmin(1) == label).double().mean())
+        states = {language: part[:, layer].double() for language, part in pooled.items()}
+        accuracy.append(torch.cat([*told_apart(states, basis[index]).values()]).double().mean())
     return torch.stack(accuracy)
 
 

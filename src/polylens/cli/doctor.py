@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import torch
+import typer
 
 from polylens.cache import cache_folder
 from polylens.cli import options
 from polylens.cli.console import ProgressBars, duration, out, print_json, size, table
-from polylens.config import load_config
+from polylens.config import RunConfig, Runtime, load_config
 from polylens.errors import UsageError
+from polylens.execution import load_as_planned
+from polylens.forecast import Signs, forecast_gain, measure_signs
 from polylens.journal import versions
+from polylens.languages import language_name
 from polylens.machine import matmul_flops
 from polylens.models.loading import choose_device
-from polylens.plan import Plan, make_plan
+from polylens.plan import Plan, choose_rows, make_plan
+from polylens.progress import Progress
+from polylens.training import state_layers
 
 
 def doctor(
     arguments: options.ConfigAndOverrides = None,
     model: options.Model = None,
     languages: options.Languages = None,
+    with_forecast: Annotated[
+        bool,
+        typer.Option(
+            "--forecast",
+            help="Load the model, and say what a run is likely to bring each language.",
+        ),
+    ] = False,
     device: options.Device = "auto",
     memory: options.Memory = None,
     offline: options.Offline = False,
@@ -39,20 +53,26 @@ def doctor(
         polylens doctor
 
         polylens doctor --model qwen2.5-coder-1.5b-instruct --languages zh,sw
+
+        polylens doctor --model qwen2.5-coder-1.5b-instruct --languages zh,sw --forecast
     """
     facts = environment(device)
     path, overrides = options.split_arguments(arguments)
     overrides.update({k: v for k, v in (("model", model), ("languages", languages)) if v})
-    cost = None
+    cost = signs = None
     if path is not None or "languages" in overrides:
         config = load_config(path, overrides)
         runtime = options.make_runtime(device=device, memory=memory, offline=offline)
         with ProgressBars(shown=not as_json) as progress:
             plan = make_plan(config, runtime, progress)
+            if with_forecast:
+                signs = _signs(config, runtime, plan, progress)
+                facts["forecast"] = _as_rows(signs, config.central)
         facts["run"] = cost = forecast(plan)
-    elif overrides:
+    elif overrides or with_forecast:
         raise UsageError(
-            "the cost of a run needs its languages; add --languages, e.g. --languages sw,bn"
+            "the cost of a run, and its forecast, need its languages; add --languages, e.g. "
+            "--languages sw,bn"
         )
     if as_json:
         print_json(facts)
@@ -60,7 +80,7 @@ def doctor(
     table(
         None,
         ["environment", ""],
-        [[name, str(value)] for name, value in facts.items() if name != "run"],
+        [[name, str(value)] for name, value in facts.items() if name not in ("run", "forecast")],
     )
     if cost is not None:
         out.print()
@@ -69,6 +89,74 @@ def doctor(
             ["the run", ""],
             forecast_rows(plan, cost),
         )
+    if signs is not None:
+        _print_forecast(signs, config.central)
+
+
+def _signs(config: RunConfig, runtime: Runtime, plan: Plan, progress: Progress) -> dict[str, Signs]:
+    """Load the model and measure its signs, on rows that the run would train on."""
+    model = load_as_planned(config.model, plan.execution, runtime, config.revision, progress)
+    return measure_signs(
+        model,
+        choose_rows(config)[0],
+        central=config.central,
+        languages=config.languages,
+        layer=max(state_layers(config.train, plan.facts.n_layers)),
+        template=config.template,
+        max_tokens=config.train.max_tokens,
+        token_budget=runtime.token_budget,
+        scratch=plan.execution.scratch(),
+        progress=progress,
+    )
+
+
+def _as_rows(signs: Mapping[str, Signs], central: str) -> dict[str, dict[str, Any]]:
+    """All signs by language, and of the targets what they say."""
+    return {
+        language: dataclasses.asdict(own)
+        | ({} if language == central else dataclasses.asdict(forecast_gain(own, central)))
+        for language, own in signs.items()
+    }
+
+
+def _print_forecast(signs: Mapping[str, Signs], central: str) -> None:
+    out.print()
+    table(
+        None,
+        [
+            "signs",
+            "told apart",
+            f"from {central}, spreads",
+            "tokens a word",
+            f"× {central}",
+            "bits per byte",
+            f"bits × {central}",
+            "of replies",
+            "answers in it",
+            "repeating",
+        ],
+        [
+            [
+                f"{language_name(language)} ({language})",
+                f"{own.separability:.0%}",
+                f"{own.distance:.1f}",
+                f"{own.tokens_per_word:.1f}",
+                f"{own.relative_tokens:.1f}",
+                f"{own.bits_per_byte:.2f}",
+                f"{own.relative_bits:.1f}",
+                f"{own.reply_bits_per_byte:.2f}",
+                f"{own.fidelity * own.n_answers:.0f} of {own.n_answers}",
+                f"{own.repeating * own.n_answers:.0f}",
+            ]
+            for language, own in signs.items()
+        ],
+    )
+    out.print()
+    for language, own in signs.items():
+        if language != central:
+            sentence = forecast_gain(own, central).sentence
+            out.print(f"  {language_name(language)}: {sentence}.", highlight=False, markup=False)
+    out.print('\n  The rules, and how far to trust them: docs/runs.md, "Will it work?"')
 
 
 def forecast(plan: Plan) -> dict[str, Any]:
