@@ -1,9 +1,9 @@
-# make demo | test | test-slow | lint | docs | bench: each sets up .venv itself when it has to.
+# make demo | test | test-slow | lint | docs | results | bench: each sets up .venv itself when it has to.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint docs bench clean
+.PHONY: demo test test-slow lint docs results bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/generate_configuration.py
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
+
+# The tables of docs/results.md, from the values that experiments/run.py kept.
+results: $(VENV)/.installed
+	$(BIN)/python experiments/page.py
 
 # Half an hour on two cores; fetches Qwen2.5-Coder-1.5B (1.1 GB). `make bench ARGS="method --share 20"` is short.
 bench: $(VENV)/.installed

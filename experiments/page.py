@@ -199,6 +199,42 @@ def _gains(sides: Mapping[str, Side], setting: str, language: str) -> Gains:
     return Gains(of(REPLIES, -1.0), of(FIDELITY, 100.0), of(REPEATING, 100.0))
 
 
+def steering_table(model: str) -> str | None:
+    """What `polylens steer --measure` found, language by language; None where nothing was kept.
+
+    Answers in the central language to questions in the other one are its leakage.
+    """
+    paths = sorted((HERE / "results" / model / "steering").glob("*.json"))
+    if not paths:
+        return None
+    lines = [
+        "| towards | strength | answers in it | in English | repeating | bits per byte, change "
+        "| English questions answered in English | repeating | bits per byte, change |",
+        f"|{'-|' * 9}",
+    ]
+    for path in paths:
+        content = read_json(path)
+        for one in content["results"]:
+            cells = [f"{action['strength']:g}" for action in one["actions"]] or ["none"]
+            for language in (path.stem, CENTRAL):
+                own = one["fidelity"][language]
+                cells.append(f"{own['passed']} of {own['n']}")
+                if language != CENTRAL:
+                    cells.append(str(own["answered"].get(CENTRAL, 0)))
+                cells += [str(own["repeating"]), _change(one["measures"], language)]
+            lines.append(f"| {' | '.join([path.stem, *cells])} |")
+    return "\n".join(lines)
+
+
+def _change(measures: Sequence[Mapping[str, Any]], language: str) -> str:
+    """Bits per byte of texts against the untouched model's."""
+    for one in measures:
+        if one["task"]["name"] == f"bits_per_byte_{language}":
+            change = one["change"]
+            return f"{change['difference']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
+    return ""
+
+
 def blocks() -> dict[str, str]:
     """Everything that the page takes from the files."""
     found = {}
@@ -206,6 +242,8 @@ def blocks() -> dict[str, str]:
     if cases := forecast_cases(lens):
         found["forecast"] = forecast_block(cases, lens)
     for model in NAMES:
+        if steered := steering_table(model):
+            found[f"{model} steering"] = steered
         for split in ("report", "development"):
             sides = read(model, split)
             if "base" not in sides:
