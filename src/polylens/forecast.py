@@ -154,8 +154,8 @@ def measure_signs(
             `N_ANSWERS` are answered.
         central: the central language.
         languages: target languages.
-        layer: the highest whose states training reads, in the package's layer convention; None takes those
-            after the final norm.
+        layer: the highest whose states training reads, in the package's layer convention; None
+            takes those after the final norm.
         template: "auto", "chat", "plain" or a Jinja file.
         max_tokens: longest prompt.
         token_budget: padded tokens of a batch; None takes what is fastest on this machine.
