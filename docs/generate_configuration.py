@@ -40,7 +40,7 @@ meant to change the numbers.
 
 BASELINES = """## Baselines
 
-`polylens baseline KIND -s key=value` ([baselines](baselines.md)). What a kind shares with `train`
+`-s key=value` of `polylens baseline` ([baselines](baselines.md)). What a kind shares with `train`
 above has the same default, but where the table says otherwise.
 """
 

@@ -289,10 +289,10 @@ def strength_figure(
                 **where,
             )
             shown.add(language)
-        dotted = {"color": _CENTRAL, "width": 1, "dash": "dot"}
-        figure.add_hline(y=0, line=dotted, **where)
+        thin = {"color": _CENTRAL, "width": 1}
+        figure.add_hline(y=0, line={**thin, "dash": "dot"}, **where)
         if chosen is not None:
-            figure.add_vline(x=chosen, line={**dotted, "dash": "dash"}, **where)
+            figure.add_vline(x=chosen, line={**thin, "dash": "dash"}, **where)
         figure.update_xaxes(title_text="strength", **where)
     return _styled(figure, height=120 + 260 * n_rows)
 
