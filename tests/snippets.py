@@ -81,6 +81,8 @@ class Block:
                 bar = words.index("|")
                 (program, source), words = words[:bar], words[bar + 1 :]
                 assert program == "cat", f"{self}: only `cat FILE | …` is understood"
+            elif words[-2:-1] == ["<"]:
+                words, source = words[:-2], words[-1]
             found.append(
                 Command(_without_launcher(words), source, self.reason if is_left_out else None)
             )

@@ -94,7 +94,7 @@ def test_the_forecast_block(page: Any, tmp_path: Path, monkeypatch: pytest.Monke
     assert "`paper`: the sentence was right for 4 of 6" in block
     assert '"nothing to gain", said of all, for 2.' in block
     (line,) = [line for line in block.split("\n") if f"| {languages[4]} |" in line]
-    assert line.endswith("| hardly known | **hardly known (+50, +100)** |")
+    assert line.endswith("| hardly known | **hardly known (+50, +100)** |  |")
 
 
 def test_models_without_signs_or_figures_are_left_out(

@@ -2,8 +2,8 @@
 
 Two runs in one folder would each take the other's half-done work for its own. The lock is the
 operating system's, on an empty file `.lock`: it ends with the process that holds it, however that
-ends, so a killed run leaves nothing that would keep the next one out. The file itself stays, since
-removing it would let two processes hold locks on two files of one name.
+ends, so a killed run leaves nothing that would keep the next one out. The file itself stays, but
+for a folder that was made for a command that then failed before it wrote anything.
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ def alone_in(folder: Path) -> Iterator[None]:
     if not distributed.is_first():
         yield
         return
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    lock = folder / LOCK
     with contextlib.ExitStack() as stack:
         with readable_storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((folder / LOCK).open("w"))
+            file = stack.enter_context(lock.open("w"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -55,4 +57,12 @@ def alone_in(folder: Path) -> Iterator[None]:
                     f"in {folder}; wait until it ends, or choose another --out"
                 ) from None
             logger.warning("%s is on storage without locks; start nothing else in it", folder)
-        yield
+        try:
+            yield
+        except BaseException:
+            if made and list(folder.iterdir()) == [lock]:
+                lock.unlink()
+                with contextlib.suppress(OSError):  # others may have put something there
+                    for one in made:
+                        one.rmdir()
+            raise

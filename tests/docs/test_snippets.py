@@ -202,9 +202,10 @@ def _run_command(block: Block, command: Command, monkeypatch: pytest.MonkeyPatch
     if context.info_name in ("enhance", "probe") and target is not None and target.exists():
         shutil.rmtree(target)  # what stood in for the result of this very command
     monkeypatch.setattr(sys, "argv", words)
+    text = "What is rain?\n"  # whoever sits before the terminal
     if command.standard_input is not None:
         text = Path(command.standard_input).read_text(encoding="utf-8")
-        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
     code = 0
     try:
         main()

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from polylens.errors import ConfigError
-from polylens.evaluation.mt_bench import _encode
 from polylens.prompts import PromptFormat, choose_format
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -61,7 +60,7 @@ def test_a_forbidden_template_is_a_sentence(name: str, tmp_path: Path) -> None:
     for use in (
         lambda: prompts.encode(tiny_tokenizer(), ["Hi"], 32),
         lambda: prompts.render_answer(tiny_tokenizer(), "Hi", "Yes"),
-        lambda: _encode(prompts, tiny_tokenizer(), ["Hi"]),
+        lambda: prompts.encode_conversation(tiny_tokenizer(), ["Hi"]),
     ):
         with pytest.raises(ConfigError, match="but it fails") as error:
             use()

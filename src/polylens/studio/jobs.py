@@ -189,8 +189,8 @@ class Jobs:
     def _process(self, name: str) -> psutil.Process | None:
         """Return the process of a run that is under way."""
         child = self._children.get(name)
-        if child is not None and child.poll() is None:  # which also clears away a zombie
-            return psutil.Process(child.pid)
+        if child is not None:
+            child.poll()  # clears away a zombie
         path = self._notes(name) / "process.json"
         if not path.exists():
             return None
@@ -199,6 +199,7 @@ class Jobs:
             process = psutil.Process(known["pid"])
             # A number is given again to other processes, but not with the same start.
             same = process.create_time() == known["started"]
+            # Its first thread may be a zombie before the last one has ended.
             if same and process.status() != psutil.STATUS_ZOMBIE:
                 return process
         return None
