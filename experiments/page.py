@@ -199,6 +199,33 @@ def _gains(sides: Mapping[str, Side], setting: str, language: str) -> Gains:
     return Gains(of(REPLIES, -1.0), of(FIDELITY, 100.0), of(REPEATING, 100.0))
 
 
+# What each of these changes in the one before it; on the development rows.
+STEPS = (
+    ("faster", "default", "push by what answers lack, not all alike"),
+    ("default", "auto", "retain the distribution, not mean states"),
+    ("auto-states10", "auto-kl10", "the same, at ten times the weight"),
+    ("no-align", "auto", "align"),
+    ("auto-kl10", "answer-kl10", "act along a reply, not at the last prompt token"),
+)
+
+
+def steps_table(sides: Mapping[str, Side]) -> str:
+    """What one change makes of a setting, row by row."""
+    lines = [
+        "| change | from, to | targets: replies, % | texts, % | English: replies, % | texts, % |",
+        f"|{'-|' * 6}",
+    ]
+    for before, after, what in STEPS:
+        if before in sides and after in sides:
+            cells = [
+                column.cell(sides[before], sides[after], languages)
+                for languages in (LANGUAGES, (CENTRAL,))
+                for column in (REPLIES, TEXTS)
+            ]
+            lines.append(f"| {what} | {before}, {after} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def steering_table(model: str) -> str | None:
     """What `polylens steer --measure` found, language by language; None where nothing was kept.
 
@@ -251,7 +278,9 @@ def blocks() -> dict[str, str]:
             chosen = MAIN if split == "report" else [name for name in sides if name != "base"]
             found[f"{model} {split} targets"] = table(sides, chosen, LANGUAGES)
             found[f"{model} {split} central"] = table(sides, chosen, (CENTRAL,))
-            if split == "report":
+            if split == "development":
+                found[f"{model} steps"] = steps_table(sides)
+            else:
                 found[f"{model} seeds"] = seed_spread(sides, chosen)
     return found
 

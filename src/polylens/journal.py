@@ -110,14 +110,17 @@ class Journal:
         )
 
     def _checksums(self, outputs: Iterable[Path]) -> dict[str, str]:
-        """Return file → SHA-256, by names within the run; a model's card is for people to edit."""
+        """Return file → SHA-256, by names within the run.
+
+        But of a model's card, which people edit, and of the report, which is written again at will.
+        """
         found = {}
         for output in outputs:
             files = [output] if output.is_file() else sorted(output.rglob("*"))
             for file in files:
                 name = file.relative_to(self.path.parent)
                 hidden = any(part.startswith(".") for part in name.parts)
-                if file.is_file() and not hidden and file.name != "README.md":
+                if file.is_file() and not hidden and file.name not in ("README.md", "report.html"):
                     with readable_storage_errors(file):
                         found[name.as_posix()] = file_sha256(file)
         return found

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from polylens.config import RunConfig, dump_yaml, load_config
 from polylens.errors import RunError, UsageError
@@ -56,7 +57,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.timeout(1200)
-def test_a_run_is_stopped_and_resumed_by_another_studio(folders: Folders, tmp_path: Path) -> None:
+def test_a_run_is_stopped_and_resumed_by_another_studio(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # so that bits agree
     jobs = Jobs(folders)
     # Many epochs, so that it can be stopped while it trains.
     config = configure(folders, **{"train.epochs": 30})

@@ -21,9 +21,9 @@ from polylens.cli.slash_commands import (
     Session,
     check_strength,
     describe,
+    languages_to_detect,
     push_towards,
     require_subspaces,
-    told_apart,
 )
 from polylens.conversation import Conversation, Reply, SideName
 from polylens.crown import CrownDelta
@@ -194,7 +194,7 @@ def _detector(
         known = tuple(dict.fromkeys((central, *metadata.get("languages", ()))))
         if len(known) == 1:  # a baseline may train on one language, and nothing tells one apart
             known = tuple(sorted(supported_languages()))
-    return LanguageDetector(told_apart(named, central) if named else known), central
+    return LanguageDetector(languages_to_detect(named, central) if named else known), central
 
 
 def _talk(session: Session, *, is_interactive: bool, separate: bool, as_json: bool) -> None:
@@ -249,6 +249,9 @@ def _typed() -> Iterator[str]:
         except EOFError:
             err.print()
             return
+        except UsageError as error:  # no text of any language
+            print_error(error)
+            continue
         except KeyboardInterrupt:
             err.print()
             continue

@@ -98,7 +98,7 @@ def _signs(config: RunConfig, runtime: Runtime, plan: Plan, progress: Progress) 
     model = load_as_planned(config.model, plan.execution, runtime, config.revision, progress)
     return measure_signs(
         model,
-        choose_rows(config)[0],
+        choose_rows(config, offline=runtime.offline)[0],
         central=config.central,
         languages=config.languages,
         layer=max(state_layers(config.train, plan.facts.n_layers)),

@@ -109,7 +109,7 @@ def require_subspaces(subspaces: Subspaces | None) -> Subspaces:
     return subspaces
 
 
-def told_apart(languages: str, central: str) -> tuple[str, ...]:
+def languages_to_detect(languages: str, central: str) -> tuple[str, ...]:
     """Return the central language and those named, by commas.
 
     Raises:
@@ -156,7 +156,7 @@ def _towards(session: Session, argument: str) -> str:
 
 def _languages(session: Session, argument: str) -> str:
     if argument:
-        languages = told_apart(argument, session.central)
+        languages = languages_to_detect(argument, session.central)
         session.conversation.detector = LanguageDetector(languages)
     known = session.conversation.detector.languages
     return "told apart: " + ", ".join(f"{language_name(k)} ({k})" for k in known)

@@ -10,7 +10,7 @@ import typer
 from polylens import distributed
 from polylens.cli import options
 from polylens.cli.console import ProgressBars, err, out, print_json
-from polylens.config import DEFAULT_MODEL, TrainSettings, check
+from polylens.config import DEFAULT_MODEL, PRESETS, TrainSettings, check
 from polylens.corpora import read_parallel
 from polylens.execution import open_model
 from polylens.steps import train as train_step
@@ -63,7 +63,7 @@ def train(
         trust_remote_code=trust_remote_code,
     )
     _, given = options.split_arguments(settings)
-    chosen = check(TrainSettings, given)
+    chosen = check(TrainSettings, {**PRESETS["default"]["train"], **given})
     languages = Subspaces.load(subspaces)
     targets = [k for k in languages.languages if k != languages.central]
     parallel = read_parallel(corpus, (languages.central, *targets), offline=offline)

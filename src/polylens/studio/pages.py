@@ -18,6 +18,7 @@ from polylens.corpora import starter_corpus
 from polylens.corpora.readers import STARTER
 from polylens.errors import PolyLensError
 from polylens.evaluation import read_answers
+from polylens.evaluation.sides import run_strength
 from polylens.languages import language_name
 from polylens.progress import Progress
 from polylens.report.plots import (
@@ -324,7 +325,7 @@ def _answers_page(studio: Studio, run: gr.Dropdown, stage: gr.State) -> None:
     dials = [strength, longest, towards, push]
 
     def opened(name: str | None) -> Any:
-        found, targets = [], []
+        found, targets, own = [], [], 1.0
         if name and name in studio.folders.runs_there():
             folder = studio.folders.run(name)
             if folder.answers("before").exists():
@@ -332,8 +333,11 @@ def _answers_page(studio: Studio, run: gr.Dropdown, stage: gr.State) -> None:
                     (f"{language_name(one.language)}: {one.prompt}", one.prompt)
                     for one in read_answers(folder.answers("before"))
                 ]
-            targets = [(language_name(k), k) for k in load_config(folder.resolved).languages]
+            config = load_config(folder.resolved)
+            targets = [(language_name(k), k) for k in config.languages]
+            own = run_strength(folder.path, config.output.strength)  # the dial begins at the model
         return (
+            own,
             gr.Dropdown(choices=found, value=None),
             gr.Dropdown(choices=[("none", ""), *targets], value=""),
             None,
@@ -370,7 +374,7 @@ def _answers_page(studio: Studio, run: gr.Dropdown, stage: gr.State) -> None:
             return gr.skip(), gr.skip()
         return answer(name, prompt, before, *dials)
 
-    _on(stage.change, opened, [run], [asked, towards, before, shown])
+    _on(stage.change, opened, [run], [strength, asked, towards, before, shown])
     _on(asked.input, lambda text: text, [asked], [prompt])
     inputs = [run, prompt, before, *dials]
     _on(ask.click, answer, inputs, [before, shown], **_MODEL_WORK)
