@@ -239,6 +239,7 @@ _KILLS = [
 ]
 
 
+@pytest.mark.slow  # a process for each; tests/faults kills forked ones
 def test_a_run_killed_in_every_stage_ends_in_the_same_bytes(
     finished: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -19,8 +19,9 @@ from polylens.run import RunFolder, read_report_data
 from polylens.subspaces import Subspaces
 
 # What no command can know to be damaged: the text as the user gave it, the card that is theirs to
-# edit, an empty file, and of plan.json what a run does not compare with what is there now.
-FREE = ("run.yaml", "model/README.md", ".lock", "plan.json")
+# edit, the report, which is written again at will, an empty file, and of plan.json what a run does
+# not compare with what is there now.
+FREE = ("run.yaml", "model/README.md", ".lock", "plan.json", "report.html")
 
 
 @pytest.fixture
