@@ -96,7 +96,7 @@ def test_faults_are_said_and_a_run_is_started(page: Any) -> None:
         ("Longest answer, in tokens", "12"),
     ):
         page.get_by_label(label).first.fill(value)
-    page.get_by_role("button", name="Check, and forecast").click()
+    page.get_by_role("button", name="Check, and estimate").click()
     says(page, "#said table", "smollm2-135m-instruct, 135 M parameters")
     start.focus()
     page.keyboard.press("Enter")

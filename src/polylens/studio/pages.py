@@ -158,7 +158,7 @@ def _new_run_page(studio: Studio, run: gr.Dropdown, tabs: gr.Tabs) -> None:
             for one, start in zip(FIELDS, preset_values("default"), strict=True)
         ]
     with gr.Row():
-        check = gr.Button("Check, and forecast the cost")
+        check = gr.Button("Check, and estimate the cost")
         start = gr.Button("Start", variant="primary")
     said = gr.HTML(elem_id="said")
     form = [model, languages, central, corpus, preset, *values]
