@@ -16,7 +16,7 @@ import transformers.modeling_utils
 from small_run import contents, run
 
 import polylens.artefacts
-from polylens.errors import DiskFullError
+from polylens.errors import DiskFullError, StorageError
 
 # Everything through which a run writes: (owner, name). Files are opened through io.open.
 _WRITES: tuple[tuple[Any, str], ...] = (
@@ -125,4 +125,18 @@ def test_a_small_disk_that_grows(
             n_full += 1
             assert_whole(out)
     assert n_full > 3
+    assert contents(out) == contents(finished)
+
+
+def test_a_read_only_disk(finished: Path, tiny_folder: Path, small_disk: Path) -> None:
+    os.system(f"mount -o remount,size=64000k,ro '{small_disk}'")
+    out = small_disk / "run"
+    with pytest.raises(StorageError, match="the system refuses access; check") as told:
+        run(tiny_folder, out)
+    assert "\n" not in str(told.value)
+    assert told.value.exit_code == 2
+    os.system(f"mount -o remount,rw '{small_disk}'")
+    run(tiny_folder, out)
+    os.system(f"mount -o remount,ro '{small_disk}'")
+    assert run(tiny_folder, out) == ()  # it is finished, so nothing is written
     assert contents(out) == contents(finished)
