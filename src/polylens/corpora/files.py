@@ -167,7 +167,7 @@ def _offline_hub() -> Iterator[None]:
     import datasets
     from huggingface_hub import constants
 
-    places = (datasets.config, constants)
+    places: tuple[Any, ...] = (datasets.config, constants)
     before = [place.HF_HUB_OFFLINE for place in places]
     try:
         for place in places:
