@@ -88,7 +88,7 @@ def test_a_run_goes_on_after_each_of_many_failed_writes(
     out = tmp_path / "run"
     number = 1
     while fails_with_one_sentence(tiny_folder, out, number):
-        number += 3
+        number += 12
     assert number > 30
     assert contents(out) == contents(finished)
 

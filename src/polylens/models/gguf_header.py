@@ -40,7 +40,7 @@ def check_header(path: Path) -> None:
             _Header(file).check()
         except ValueError as error:
             raise ModelError(
-                f"{path} must be a whole GGUF file, but {error}; fetch it again"
+                f"{path} must be a GGUF file that is whole, but {error}; fetch it again"
             ) from None
 
 
