@@ -18,7 +18,7 @@ from polylens.artefacts import read_json
 from polylens.cli.console import duration, out, size
 from polylens.cli.run import print_evaluation
 from polylens.evaluation import Evaluation
-from polylens.run import RunFolder
+from polylens.run_folder import RunFolder
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -69,7 +69,7 @@ SETTINGS: dict[str, Setting] = {
     "auto-kl10-half": Setting("lens", {**_PAPER, **_AUTO, "retain_weight": 10.0}, dial=0.5),
     "auto-kl10-slow": lens(**{**_AUTO, "learning_rate": 1e-5}, retain_weight=10.0),
     "answer-kl10": lens(**_AUTO, position="answer", retain_weight=10.0),
-    "default": lens(**_FASTER, strength="auto"),
+    "default": Setting("lens", PRESETS["default"]["train"]),
     "auto-states10": lens(**_FASTER, strength="auto", retain_weight=10.0),
     "rank16": lens(**{**_AUTO, "learning_rate": 1e-3}, update_rank=16),
     "answer": lens(**_AUTO, position="answer"),

@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from polylens.cli import app
 from polylens.corpora import starter_corpus
-from polylens.run import STAGES
+from polylens.run_folder import STAGES
 from tiny import build, save_tiny, tiny_tokenizer
 
 QUICK = [

@@ -77,6 +77,27 @@ def test_each_line_of_a_pipe_is_a_turn(pipe: Any, folder: Path) -> None:
     assert separate == [turns[0], turns[0]]
 
 
+def test_the_template_is_the_runs(run: Any, pipe: Any, folder: Path, tiny_folder: Path) -> None:
+    """A model trained on bare text is asked by bare text, unless another template is named."""
+
+    def asked(*named: str) -> tuple[Any, Any, Any]:
+        _, turns, _ = pipe("Rain?\n", folder, *named)
+        *_, steered, _ = run("steer", folder, "Rain?", "--towards", "es", "--json", *named, *SHORT)
+        out = Path(f"evaluated-{len(list(Path().iterdir()))}")
+        evaluating = ["-t", "fidelity", "-l", "sw", "--rows", "2", "--out", out, "--quiet"]
+        code, _, err = run("evaluate", folder, *evaluating, *named, *SHORT, "--no-gate")
+        assert (code, err) == (0, "")
+        return turns, json.loads(steered)["prompts"], (out / "before/fidelity_sw.jsonl").read_text()
+
+    by_chat = asked()
+    config = RunConfig(model=str(tiny_folder), languages=("sw", "es"), template="plain")
+    (folder / "resolved.yaml").write_text(dump_yaml(config))
+    by_plain = asked()
+    assert by_plain == asked("--template", "plain")
+    for ours, others in zip(by_plain, by_chat, strict=True):
+        assert ours != others
+
+
 def test_commands_in_a_pipe(pipe: Any, folder: Path) -> None:
     lines = [
         "Rain?", "/reset", "/strength 0", "Rain?", "/reset", "/after", "Rain?", "/before", "Rain?",

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from polylens import distributed
-from polylens.run import STAGES
+from polylens.run_folder import STAGES
 
 JOB = Path(__file__).parent / "distributed_job.py"
 

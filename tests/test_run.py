@@ -19,7 +19,8 @@ from polylens.config import RunConfig, Runtime, load_config
 from polylens.crown import CrownDelta
 from polylens.errors import GateError, RunError, SubspaceError
 from polylens.models import load_model
-from polylens.run import STAGES, RunFolder, enhance
+from polylens.run import enhance
+from polylens.run_folder import STAGES, RunFolder
 
 SETTINGS: dict[str, Any] = {
     "languages": "sw,zh",

@@ -7,9 +7,10 @@ and may drift apart. Nothing is printed here: `polylens chat` draws it, and so m
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from polylens.detection import LanguageDetector
@@ -33,7 +34,7 @@ class Reply:
         language: as detected; "unknown" if too short to judge, "empty" without any text.
         n_tokens: of the answer.
         is_cut: it was ended by the limit of its length.
-        seconds: from the prompt to the last token.
+        seconds: from the prompt to the last token; replies that differ in it alone are equal.
         n_forgotten: earliest turns that the model was not given, since its context is too short.
     """
 
@@ -41,8 +42,34 @@ class Reply:
     language: str
     n_tokens: int
     is_cut: bool
-    seconds: float
-    n_forgotten: int
+    seconds: float = field(compare=False)
+    n_forgotten: int = 0
+
+
+def answer_prompt(
+    model: LanguageModel,
+    ids: Sequence[int],
+    detector: LanguageDetector,
+    *,
+    max_new_tokens: int,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Reply:
+    """Let a model, changed as it may be at the time, answer a prompt greedily.
+
+    Args:
+        model: the model.
+        ids: the prompt's tokens.
+        detector: tells the answer's language.
+        max_new_tokens: longest answer.
+        on_text: told the answer while it grows.
+    """
+    start = time.perf_counter()
+    answer, n_tokens = stream_answer(
+        model, tuple(ids), max_new_tokens=max_new_tokens, on_text=on_text
+    )
+    seconds = time.perf_counter() - start
+    (language,) = detect_answers([answer], detector)
+    return Reply(answer, language, n_tokens, n_tokens == max_new_tokens, seconds)
 
 
 @dataclass(frozen=True)
@@ -185,15 +212,12 @@ class Conversation:
         self, side: SideName, ids: tuple[int, ...], n_forgotten: int, on_text: Listener
     ) -> Reply:
         candidate = self.after if side == "after" else Candidate()
-        start = time.perf_counter()
         with candidate.applied(self.model.structure):
-            answer, n_tokens = stream_answer(
+            reply = answer_prompt(
                 self.model,
                 ids,
+                self.detector,
                 max_new_tokens=self._max_new_tokens,
                 on_text=lambda text: on_text(side, text),
             )
-        seconds = time.perf_counter() - start
-        (language,) = detect_answers([answer], self.detector)
-        is_cut = n_tokens == self._max_new_tokens
-        return Reply(answer, language, n_tokens, is_cut, seconds, n_forgotten)
+        return dataclasses.replace(reply, n_forgotten=n_forgotten)

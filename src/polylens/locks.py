@@ -27,8 +27,12 @@ _HELD = (errno.EACCES, errno.EAGAIN)
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder, which is made if it is not there; of a distributed job the first process does.
+
+    Args:
+        folder: the folder.
+        wait: for a process that holds it, which is about to let go.
 
     Raises:
         RunError: another process holds it.
@@ -49,7 +53,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(lock.open("w"))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in _HELD:
                 raise RunError(
@@ -60,9 +64,24 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if made and list(folder.iterdir()) == [lock]:
+            # Not from under one that waits for it.
+            if made and not wait and list(folder.iterdir()) == [lock]:
                 lock.unlink()
                 with contextlib.suppress(OSError):  # others may have put something there
                     for one in made:
                         one.rmdir()
             raise
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds a folder; False where systems or storage know no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    try:
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _HELD and not isinstance(error, PermissionError)
+    return False

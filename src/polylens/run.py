@@ -17,11 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from polylens import distributed
 from polylens.artefacts import (
-    load_tensors,
     read_object,
     read_text,
     readable_storage_errors,
@@ -42,7 +39,7 @@ from polylens.evaluation import (
     write_answers,
 )
 from polylens.evaluation.gate import Dial, turn_dial
-from polylens.evaluation.measures import Scorecard, compare_scorecards
+from polylens.evaluation.measures import compare_scorecards
 from polylens.evaluation.scoring import Candidate
 from polylens.evaluation.sides import tokenizer_fingerprint
 from polylens.evaluation.suite import (
@@ -55,7 +52,7 @@ from polylens.evaluation.suite import (
     run_suite,
 )
 from polylens.execution import load_as_planned
-from polylens.journal import Journal, versions
+from polylens.journal import versions
 from polylens.locks import LOCK, alone_in
 from polylens.machine import deterministic
 from polylens.merging import choose_dtype, save_model
@@ -64,116 +61,12 @@ from polylens.models.loading import LanguageModel
 from polylens.models.source import resolve
 from polylens.plan import Plan, make_plan
 from polylens.progress import Progress, silent
-from polylens.report import ReportData, render_report
+from polylens.report import read_report_data, render_report
+from polylens.run_folder import STAGES, RunFolder
 from polylens.steps import probe_prompts, train_prompts
 from polylens.subspaces import Subspaces
 
 logger = logging.getLogger(__name__)
-
-STAGES = (
-    "probe",
-    "train",
-    "gate",
-    "answers-before",
-    "answers-after",
-    "states",
-    "model",
-    "report",
-)
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """Names of the files of a run."""
-
-    path: Path
-
-    @property
-    def given(self) -> Path:
-        """The configuration as given."""
-        return self.path / "run.yaml"
-
-    @property
-    def resolved(self) -> Path:
-        """Every value as used."""
-        return self.path / "resolved.yaml"
-
-    @property
-    def plan(self) -> Path:
-        """What was read: corpora, counts, model."""
-        return self.path / "plan.json"
-
-    def read_plan(self) -> dict[str, Any]:
-        """Read the plan's file.
-
-        Raises:
-            CorruptFileError: it is damaged.
-        """
-
-        def check(values: Any) -> dict[str, Any]:
-            _ = values["template"], values["batch_bytes"], values["model"]["name"]
-            _ = [values["corpora"][role]["name"] for role in ("probing", "training", "heldout")]
-            return dict(values)
-
-        return read_object(self.plan, check)
-
-    @property
-    def journal(self) -> Journal:
-        """Finished stages."""
-        return Journal(self.path / "journal.jsonl")
-
-    @property
-    def subspaces(self) -> Path:
-        """Result of probing."""
-        return self.path / "subspaces.safetensors"
-
-    @property
-    def delta(self) -> Path:
-        """What training changed."""
-        return self.path / "delta.safetensors"
-
-    @property
-    def checkpoint(self) -> Path:
-        """State of a training that is under way, or failed."""
-        return self.path / "checkpoint.safetensors"
-
-    @property
-    def gate(self) -> Path:
-        """What each strength costs and brings, and the one that was chosen."""
-        return self.path / "gate.json"
-
-    @property
-    def evaluation(self) -> Path:
-        """Folder of answers and summary."""
-        return self.path / "evaluation"
-
-    @property
-    def summary(self) -> Path:
-        """Before and after, per language."""
-        return self.evaluation / "summary.json"
-
-    @property
-    def map_states(self) -> Path:
-        """One state a held-out prompt, before and after, for the report's picture."""
-        return self.evaluation / "states.safetensors"
-
-    def answers(self, when: str) -> Path:
-        """Answers "before" or "after"."""
-        return self.evaluation / f"{when}.jsonl"
-
-    def scorecard(self, when: str) -> Scorecard:
-        """Every example's value "before" or "after"."""
-        return Scorecard(self.evaluation / when)
-
-    @property
-    def model(self) -> Path:
-        """The merged model."""
-        return self.path / "model"
-
-    @property
-    def report(self) -> Path:
-        """The report."""
-        return self.path / "report.html"
 
 
 def _check_inputs(folder: RunFolder, record: Mapping[str, Any]) -> None:
@@ -241,6 +134,7 @@ def enhance(
         _check_folder(folder, config)
     run = _Run(config, runtime, folder, progress)
     if len(run.finished()) == len(STAGES):  # nothing is written, and a folder may be read-only
+        run.check(STAGES)
         return _result(folder, ())
     with distributed.first_alone():  # what is downloaded or converted, is once
         resolve(config.model, revision=config.revision, offline=runtime.offline, progress=progress)
@@ -252,6 +146,7 @@ def enhance(
         distributed.wait()
         _check_inputs(folder, run.record())
         finished = run.finished()
+        run.check(finished)
         on_plan(plan)
         done = []
         with deterministic(runtime.deterministic):
@@ -361,18 +256,22 @@ class _Run:
         }
 
     def finished(self) -> list[str]:
-        """Stages that need not be done again; their files must be as they left them.
-
-        Raises:
-            CorruptFileError: one is not.
-        """
+        """Stages that need not be done again."""
         finished = []
         if distributed.is_first():
             finished = [stage for stage in STAGES if self._is_finished(stage)]
+        return distributed.from_first(finished)
+
+    def check(self, finished: Sequence[str]) -> None:
+        """Compare the files of finished stages with what the journal notes of them.
+
+        Raises:
+            CorruptFileError: one is not as its stage left it.
+        """
+        if distributed.is_first():
             left = {p for k, one in self.stages.items() if k not in finished for p in one.outputs}
             outputs = (path for stage in finished for path in self.stages[stage].outputs)
             self.folder.journal.check(dict.fromkeys(path for path in outputs if path not in left))
-        return distributed.from_first(finished)
 
     def _is_finished(self, stage: str) -> bool:
         """Whether a stage is noted in the journal and its files are there."""
@@ -599,54 +498,3 @@ class _Run:
         if not distributed.is_first():
             return
         write_text(self.folder.report, render_report(read_report_data(self.folder)))
-
-
-def read_report_data(folder: RunFolder) -> ReportData:
-    """Read what the report shows from a run's saved files.
-
-    Raises:
-        RunError: the run has not come that far.
-        CorruptFileError: a file is damaged.
-    """
-    for path in (
-        folder.summary,
-        folder.gate,
-        folder.subspaces,
-        folder.delta,
-        folder.plan,
-        folder.resolved,
-    ):
-        if not path.exists():
-            raise RunError(
-                f"a report needs a run that has been evaluated, but {folder.path} has no "
-                f"{path.name}; finish the run with `polylens enhance` first"
-            )
-    answers = (folder.answers("before"), folder.answers("after"))
-    folder.journal.check((folder.summary, folder.gate, *answers))
-    tensors, metadata = load_tensors(folder.map_states)
-    states: dict[str, dict[str, torch.Tensor]] = {"before": {}, "after": {}}
-    for name, tensor in tensors.items():
-        when, _, language = name.partition(".")
-        states[when][language] = tensor
-    plan = folder.read_plan()
-    evaluation = read_object(folder.summary, Evaluation.from_dict)
-    return ReportData(
-        evaluation=evaluation,
-        answers_before=read_answers(folder.answers("before")),
-        answers_after=read_answers(folder.answers("after")),
-        training_log=CrownDelta.load(folder.delta).metadata["log"],
-        subspaces=Subspaces.load(folder.subspaces),
-        map_layer=metadata["layer"],
-        map_states=states,
-        resolved_yaml=read_text(folder.resolved),
-        plan=plan,
-        dial=read_object(folder.gate, Dial.from_dict),
-        retrieval={
-            when: {
-                task.language: folder.scorecard(when).examples(name)
-                for name, task in folder.scorecard(when).tasks.items()
-                if task.protocol == "states" and task.language is not None
-            }
-            for when in ("before", "after")
-        },
-    )

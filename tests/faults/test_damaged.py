@@ -14,8 +14,8 @@ from polylens.crown import CrownDelta
 from polylens.errors import PolyLensError
 from polylens.evaluation.sides import choose_sides
 from polylens.models import load_model
-from polylens.report import render_report
-from polylens.run import RunFolder, read_report_data
+from polylens.report import read_report_data, render_report
+from polylens.run_folder import RunFolder
 from polylens.subspaces import Subspaces
 
 # What no command can know to be damaged: the text as the user gave it, the card that is theirs to

@@ -13,7 +13,7 @@ from polylens.evaluation.generation import generate_answers
 from polylens.models import load_model
 from polylens.models.loading import LanguageModel
 from polylens.prompts import choose_format
-from polylens.run import RunFolder
+from polylens.run_folder import RunFolder
 from polylens.studio.dial import Dial
 from polylens.studio.looking import look_into_model
 from test_crown import random_delta
@@ -47,7 +47,7 @@ def test_the_dial_is_the_deltas_strength(
     found = {}
     with Dial().open(folder, config) as opened:
         for strength in (0.0, 0.5, 2.0, 0.0):
-            found[strength] = opened.reply(PROMPT, strength=strength, max_new_tokens=12).text
+            found[strength] = opened.reply(PROMPT, strength=strength, max_new_tokens=12).answer
             with delta.applied(model.structure, strength):
                 (wanted,) = generate_answers(model, ids, max_new_tokens=12)
             assert found[strength] == wanted
@@ -76,6 +76,9 @@ def test_a_run_is_loaded_once_and_anew_when_it_changes(
     random_delta(model).save(folder.delta)
     with dial.open(folder, config) as changed:
         assert changed is not first
+    dial.close()
+    with dial.open(folder, config) as anew:
+        assert anew is not changed
 
 
 def test_what_cannot_be_answered_is_said(folder: RunFolder, config: RunConfig) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from polylens.errors import UsageError
-from polylens.run import RunFolder
+from polylens.run_folder import RunFolder
 from polylens.studio.downloads import download, offered
 
 

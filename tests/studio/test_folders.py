@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from polylens.config import dump_yaml, load_config
 from polylens.errors import PolyLensError, RunError, UsageError
-from polylens.run import RunFolder
+from polylens.run_folder import RunFolder
 from polylens.studio.folders import Folders
 
 LEADING_OUT = [

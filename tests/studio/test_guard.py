@@ -49,6 +49,7 @@ def basic(password: str) -> dict[str, str]:
         "/gradio_api/queue/data",
         "/gradio_api/heartbeat/abc123",
         "/runs/first/report",
+        "/runs/a..b/report",
     ],
 )
 def test_a_page_gets_what_it_needs(path: str) -> None:

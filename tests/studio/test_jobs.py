@@ -16,7 +16,9 @@ import torch
 
 from polylens.config import RunConfig, dump_yaml, load_config
 from polylens.errors import RunError, UsageError
-from polylens.run import STAGES, RunFolder, enhance
+from polylens.locks import alone_in
+from polylens.run import enhance
+from polylens.run_folder import STAGES, RunFolder
 from polylens.studio.folders import Folders
 from polylens.studio.jobs import Jobs, Status, training_log
 
@@ -68,7 +70,7 @@ def test_a_run_is_stopped_and_resumed_by_another_studio(
     assert jobs.status("first").state == "running"
     with pytest.raises(RunError, match="one run at a time can be under way, and first is"):
         jobs.start("second", config)
-    with pytest.raises(RunError, match="must be stopped, but first is running"):
+    with pytest.raises(RunError, match="must be stopped, but first is under way"):
         jobs.resume("first")
     # A studio that was started anew knows of it.
     other = Jobs(folders)
@@ -81,7 +83,7 @@ def test_a_run_is_stopped_and_resumed_by_another_studio(
     assert jobs.running() is None
     log = training_log(folders.run("first"))
     assert 2 < len(log) < 60
-    with pytest.raises(RunError, match="must be under way, but first is not"):
+    with pytest.raises(RunError, match="studio's and under way, but first"):
         jobs.stop("first")
 
     jobs.resume("first")
@@ -174,3 +176,35 @@ def test_a_status_is_read_from_files(folders: Folders) -> None:
         with journal.stage(stage):
             pass
     assert status(progress) == Status("stopped", 3)
+
+
+def test_a_run_of_the_command_line_is_seen_and_left_alone(folders: Folders) -> None:
+    """Its folder's lock tells; a studio that resumed it would only be refused by the lock."""
+    folder = RunFolder(folders.runs / "theirs")
+    folder.path.mkdir(parents=True)
+    folder.resolved.write_text(dump_yaml(configure(folders)), encoding="utf-8")
+    jobs = Jobs(folders)
+    assert jobs.status("theirs") == Status("stopped", 0)
+    with alone_in(folder.path):
+        assert jobs.status("theirs") == Status("elsewhere", 0)
+        assert jobs.running() == "theirs"
+        with pytest.raises(RunError, match="but theirs is under way, by a command elsewhere"):
+            jobs.resume("theirs")
+        with pytest.raises(RunError, match="one run at a time can be under way, and theirs is"):
+            jobs.start("first", configure(folders))
+        with pytest.raises(RunError, match="studio's and under way, but theirs"):
+            jobs.stop("theirs")
+    assert jobs.status("theirs") == Status("stopped", 0)
+    assert jobs.running() is None
+
+
+def test_other_json_in_a_runs_log_is_no_progress(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = folders.runs / ".studio" / "first"
+    notes.mkdir(parents=True)
+    told = {"stage": "train", "what": "training", "done": 1, "total": 2, "seconds_left": 3.0}
+    lines = [json.dumps(told), '{"level": "info"}', "[1]", '{"stage": "tra']
+    (notes / "log.txt").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(Jobs, "_process", lambda *_: psutil.Process())
+    assert Jobs(folders).status("first") == Status("running", 0, **told)

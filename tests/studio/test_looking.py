@@ -16,7 +16,7 @@ from polylens.models import load_model
 from polylens.plan import choose_rows
 from polylens.prompts import choose_format
 from polylens.report.plots import probe_figure, subspace_map
-from polylens.run import RunFolder
+from polylens.run_folder import RunFolder
 from polylens.studio.looking import Look, look_into_model, look_into_run
 
 

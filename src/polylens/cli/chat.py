@@ -36,6 +36,7 @@ from polylens.evaluation.sides import (
     candidate_of,
     choose_sides,
     model_of_subspaces,
+    template_of,
 )
 from polylens.execution import open_model
 from polylens.languages import language_name
@@ -143,7 +144,7 @@ def chat(
         loaded,
         after,
         detector=detector,
-        template=template or "auto",
+        template=template or template_of(target),
         max_new_tokens=max_new_tokens,
     )
     session = Session(conversation, trained, subspaces, central)

@@ -68,7 +68,7 @@ def doctor(
             if with_forecast:
                 signs = _signs(config, runtime, plan, progress)
                 facts["forecast"] = _as_rows(signs, config.central)
-        facts["run"] = cost = forecast(plan)
+        facts["run"] = cost = cost_of(plan)
     elif overrides or with_forecast:
         raise UsageError(
             "the cost of a run, and its forecast, need its languages; add --languages, e.g. "
@@ -87,7 +87,7 @@ def doctor(
         table(
             None,
             ["the run", ""],
-            forecast_rows(plan, cost),
+            cost_rows(plan, cost),
         )
     if signs is not None:
         _print_forecast(signs, config.central)
@@ -159,7 +159,7 @@ def _print_forecast(signs: Mapping[str, Signs], central: str) -> None:
     out.print('\n  The rules, and how far to trust them: docs/runs.md, "Will it work?"')
 
 
-def forecast(plan: Plan) -> dict[str, Any]:
+def cost_of(plan: Plan) -> dict[str, Any]:
     """Return what a run would cost on this machine, of which the speed is measured."""
     flops = plan.cost.trunk_flops + plan.cost.crown_flops
     rate = matmul_flops(plan.execution.device, plan.execution.dtype)
@@ -176,8 +176,8 @@ def forecast(plan: Plan) -> dict[str, Any]:
     }
 
 
-def forecast_rows(plan: Plan, cost: Mapping[str, Any]) -> list[list[str]]:
-    """Return a forecast in words: pairs of what and how much."""
+def cost_rows(plan: Plan, cost: Mapping[str, Any]) -> list[list[str]]:
+    """Return a cost in words: pairs of what and how much."""
     return [
         ["model", f"{cost['model']}, {cost['parameters'] / 1e6:,.0f} M parameters"],
         [

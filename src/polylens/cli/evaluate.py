@@ -18,7 +18,7 @@ from polylens.corpora import read_parallel
 from polylens.errors import UsageError
 from polylens.evaluation.gate import Verdict, check_gate
 from polylens.evaluation.measures import Measure, Scorecard, compare_scorecards
-from polylens.evaluation.sides import BEFORE, Protocol, choose_sides, evaluate_sides
+from polylens.evaluation.sides import BEFORE, Protocol, choose_sides, evaluate_sides, template_of
 from polylens.evaluation.suite import BUILT_IN
 from polylens.evaluation.tasks import choose_tasks, list_tasks
 from polylens.languages import normalize_language, normalize_languages
@@ -127,8 +127,8 @@ def evaluate(
     )
     settings = check(GateSettings, {"margin": margin})
     protocol = _protocol(
-        central, languages, tasks, corpus, rows, limit, data_dir, chat, template, max_new_tokens,
-        log_samples, offline,
+        central, languages, tasks, corpus, rows, limit, data_dir, chat,
+        template or template_of(target), max_new_tokens, log_samples, offline,
     )  # fmt: skip
     sides = choose_sides(target, against, _numbers(strength))
 
@@ -225,7 +225,7 @@ def _protocol(
     limit: int | None,
     data_dir: Path | None,
     chat: bool,
-    template: str | None,
+    template: str,
     max_new_tokens: int,
     with_samples: bool,
     offline: bool,
@@ -251,7 +251,7 @@ def _protocol(
         benchmarks=tuple(benchmarks),
         limit=limit,
         data_dir=data_dir,
-        template=template or "auto",
+        template=template,
         max_new_tokens=max_new_tokens,
         with_samples=with_samples,
     )

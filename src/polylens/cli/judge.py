@@ -24,7 +24,7 @@ from polylens.evaluation.judge import (
 from polylens.evaluation.judgements import Judge
 from polylens.evaluation.measures import Measure
 from polylens.evaluation.mt_bench import answer_sides, read_conversations, read_questions
-from polylens.evaluation.sides import choose_sides
+from polylens.evaluation.sides import choose_sides, template_of
 from polylens.evaluation.verdicts import PAIRWISE, SINGLE, Mode
 from polylens.locks import alone_in
 
@@ -122,7 +122,7 @@ def mt_bench(
             out_folder,
             runtime,
             limit=limit,
-            template=template or "auto",
+            template=template or template_of(target),
             max_new_tokens=max_new_tokens,
             progress=progress,
             on_execution=lambda execution: tell(execution.sentence()),

@@ -9,8 +9,8 @@ import typer
 
 from polylens.artefacts import write_text
 from polylens.cli.console import out
-from polylens.report import render_report
-from polylens.run import RunFolder, read_report_data
+from polylens.report import read_report_data, render_report
+from polylens.run_folder import RunFolder
 
 
 def report(

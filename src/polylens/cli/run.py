@@ -25,8 +25,9 @@ from polylens.config import load_config
 from polylens.evaluation import Evaluation
 from polylens.languages import language_name
 from polylens.plan import Plan
-from polylens.run import STAGES, RunResult
+from polylens.run import RunResult
 from polylens.run import enhance as enhance_run
+from polylens.run_folder import STAGES
 
 STAGE_TITLES = {
     "probe": "Probing the language subspaces",

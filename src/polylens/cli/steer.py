@@ -22,7 +22,7 @@ from polylens.detection import LanguageDetector
 from polylens.errors import UsageError
 from polylens.evaluation.fidelity import detect_answers
 from polylens.evaluation.generation import generate_answers
-from polylens.evaluation.sides import Protocol, make_heldout, model_of_subspaces
+from polylens.evaluation.sides import Protocol, make_heldout, model_of_subspaces, template_of
 from polylens.evaluation.statistics import rate_interval
 from polylens.evaluation.steering import (
     UNTOUCHED,
@@ -157,6 +157,7 @@ def steer(
         trust_remote_code=trust_remote_code,
     )
     path = subspaces / "subspaces.safetensors" if subspaces.is_dir() else subspaces
+    template = template or template_of(subspaces)
     found = Subspaces.load(path)
     pushes = _pushes(towards, strength, layers)
     removals = _removals(remove, remove_layers, reinsert, reinsert_layer)
@@ -289,7 +290,7 @@ def _protocol(
     languages: tuple[str, ...],
     corpus: str,
     rows: int,
-    template: str | None,
+    template: str,
     max_new_tokens: int,
     offline: bool,
 ) -> Protocol:
@@ -302,7 +303,7 @@ def _protocol(
         benchmarks=(),
         limit=None,
         data_dir=None,
-        template=template or "auto",
+        template=template,
         max_new_tokens=max_new_tokens,
         with_samples=True,
     )
@@ -312,12 +313,12 @@ def _answer(
     model: LanguageModel,
     prompts: Sequence[str],
     steerings: Mapping[str, Steering],
-    template: str | None,
+    template: str,
     max_new_tokens: int,
     progress: ProgressBars,
 ) -> dict[str, list[str]]:
     """Answers to each prompt by label, the untouched model's first."""
-    prompt_format = choose_format(model.tokenizer, template or "auto")
+    prompt_format = choose_format(model.tokenizer, template)
     ids = prompt_format.encode(model.tokenizer, prompts, sys.maxsize).ids
     found = {}
     for label, steering in {UNTOUCHED: None, **steerings}.items():

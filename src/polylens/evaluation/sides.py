@@ -170,6 +170,12 @@ def model_of_subspaces(
     return model_called(str(subspaces.metadata.get("model")), file, "--model"), None
 
 
+def template_of(target: str | Path) -> str:
+    """Return the template that a run was trained and evaluated with; of anything else, "auto"."""
+    resolved = Path(target) / "resolved.yaml"
+    return load_config(resolved).template if resolved.is_file() else "auto"
+
+
 def run_strength(run: Path, configured: float) -> float:
     """Return the strength of a run's model: the one its gate chose, else the configured one."""
     gate = run / "gate.json"

@@ -12,31 +12,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from polylens.config import RunConfig, Runtime
+from polylens.conversation import Reply, answer_prompt
 from polylens.crown import CrownDelta
 from polylens.detection import LanguageDetector
 from polylens.errors import UsageError
-from polylens.evaluation.fidelity import detect_answers
-from polylens.evaluation.generation import generate_answers
 from polylens.execution import open_model
 from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
 from polylens.prompts import PromptFormat, choose_format
-from polylens.run import RunFolder
+from polylens.run_folder import RunFolder
 from polylens.steering import Steering, Towards
 from polylens.subspaces import Subspaces
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One answer.
-
-    Attributes:
-        text: without special tokens.
-        detected: language of it, "unknown" or "empty".
-    """
-
-    text: str
-    detected: str
 
 
 @dataclass(frozen=True)
@@ -82,11 +68,14 @@ class Opened:
             raise UsageError("there must be a prompt to answer, but it is empty; write one")
         if max_new_tokens < 1:
             raise UsageError(f"the longest answer must have a token, got {max_new_tokens}")
-        ids = self.prompt_format.encode(self.model.tokenizer, [prompt], sys.maxsize).ids
+        (ids,) = self.prompt_format.encode(self.model.tokenizer, [prompt], sys.maxsize).ids
         with self._changed(strength, towards, push):
-            (text,) = generate_answers(self.model, ids, max_new_tokens=max_new_tokens)
-        (detected,) = detect_answers([text], LanguageDetector(self.languages))
-        return Reply(text, detected)
+            return answer_prompt(
+                self.model,
+                ids,
+                LanguageDetector(self.languages),
+                max_new_tokens=max_new_tokens,
+            )
 
     @contextlib.contextmanager
     def _changed(self, strength: float, towards: str | None, push: float) -> Iterator[None]:
@@ -133,6 +122,11 @@ class Dial:
                 self._opened = None  # frees the last one before another is loaded
                 self._opened, self._key = _load(folder, config, progress), key
             yield self._opened
+
+    def close(self) -> None:
+        """Free the model's memory, for another one."""
+        with self._lock:
+            self._opened = None
 
 
 def _load(folder: RunFolder, config: RunConfig, progress: Progress) -> Opened:

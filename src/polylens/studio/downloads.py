@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polylens.errors import UsageError
-from polylens.run import RunFolder
+from polylens.run_folder import RunFolder
 
 _CHUNK_BYTES = 2**20
 _END = bytes(2 * tarfile.BLOCKSIZE)  # of a tar archive

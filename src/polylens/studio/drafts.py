@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polylens.cli.doctor import forecast, forecast_rows
+from polylens.cli import doctor
 from polylens.config import RunConfig, Runtime, load_config
 from polylens.plan import make_plan
 from polylens.studio.folders import Folders
@@ -108,7 +108,7 @@ def cost_rows(config: RunConfig) -> list[list[str]]:
         PolyLensError: the run cannot be done, and why.
     """
     plan = make_plan(config, Runtime(offline=True))
-    return forecast_rows(plan, forecast(plan))
+    return doctor.cost_rows(plan, doctor.cost_of(plan))
 
 
 def _number(text: str) -> Any:

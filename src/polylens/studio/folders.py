@@ -17,7 +17,7 @@ from polylens.corpora.files import SUFFIXES
 from polylens.corpora.readers import STARTER
 from polylens.errors import RunError, UsageError
 from polylens.models.registry import REGISTRY
-from polylens.run import RunFolder
+from polylens.run_folder import RunFolder
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _OWN_TEMPLATES = ("auto", "chat", "plain")

@@ -96,7 +96,7 @@ class Guard:
             headers.get("authorization", ""), self.password
         ):
             return 401, "a password is needed"
-        if kind != "http" or ".." in path or not _ADDRESSES.fullmatch(path):
+        if kind != "http" or ".." in path.split("/") or not _ADDRESSES.fullmatch(path):
             return 403, "the studio offers nothing at this address"
         return None
 

@@ -11,13 +11,13 @@ One run at a time: two would share cores and memory, and each be slower than hal
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,15 +33,26 @@ from polylens.artefacts import (
 )
 from polylens.config import RunConfig, dump_yaml, load_config
 from polylens.errors import RunError, StorageError
-from polylens.run import STAGES, RunFolder
+from polylens.locks import alone_in, is_held
+from polylens.run_folder import STAGES, RunFolder
 from polylens.studio.folders import Folders, is_run_name
 
-State = Literal["running", "finished", "failed", "stopped"]
+State = Literal["running", "elsewhere", "finished", "failed", "stopped"]
+STATES: Mapping[State, str] = {
+    "running": "under way",
+    "elsewhere": "under way, by a command elsewhere",
+    "finished": "finished",
+    "failed": "failed",
+    "stopped": "stopped",
+}
 
 # A run survives a kill at any moment; this long it may take to go by itself.
 _PATIENCE_SECONDS = 10.0
 
 _TAIL_BYTES = 64 * 1024
+
+# What a line of progress says; a library may print other JSON.
+_PROGRESS = {"stage", "what", "done", "total", "seconds_left"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +60,9 @@ class Status:
     """How far a run is.
 
     Attributes:
-        state: "stopped" is everything that is neither under way, nor finished, nor failed.
-        n_finished: stages that the journal notes, of `polylens.run.STAGES`.
+        state: "elsewhere" if a command that the studio did not start is at work; "stopped" is
+            everything that is neither under way, nor finished, nor failed.
+        n_finished: stages that the journal notes, of `polylens.run_folder.STAGES`.
         stage: under way; None before the first, and where nothing is.
         what: piece of work, e.g. "training"; None if none was told.
         done: units of it that are done.
@@ -105,8 +117,10 @@ class Jobs:
             if name not in self.names():
                 self.folders.run(name)  # says what is wrong with the name
             status = self.status(name)
-            if status.state in ("running", "finished"):
-                raise RunError(f"a run to resume must be stopped, but {name} is {status.state}")
+            if status.state in ("running", "elsewhere", "finished"):
+                raise RunError(
+                    f"a run to resume must be stopped, but {name} is {STATES[status.state]}"
+                )
             resolved = RunFolder(self.folders.run_path(name)).resolved
             path = resolved if resolved.exists() else self._notes(name) / "run.yaml"
             self.folders.check(load_config(path))
@@ -121,7 +135,7 @@ class Jobs:
         """
         process = self._process(name)
         if process is None:
-            raise RunError(f"a run to stop must be under way, but {name} is not")
+            raise RunError(f"a run to stop must be the studio's and under way, but {name} is not")
         path = self._notes(name) / "process.json"
         write_json(path, {**read_json(path), "stopped": True})
         with contextlib.suppress(ProcessLookupError):
@@ -133,8 +147,10 @@ class Jobs:
                 process.wait(_PATIENCE_SECONDS)
 
     def running(self) -> str | None:
-        """Return the name of the run that is under way."""
-        return next((name for name in self._noted() if self._process(name) is not None), None)
+        """Return the name of the run that is under way, whoever started it."""
+        ours = (name for name in self._noted() if self._process(name) is not None)
+        others = (name for name in self.folders.runs_there() if is_held(self.folders.runs / name))
+        return next(itertools.chain(ours, others), None)
 
     def names(self) -> list[str]:
         """Return the names of all runs; first those that have no folder yet, then the newest."""
@@ -153,6 +169,8 @@ class Jobs:
         lines = self._tail(name)
         if self._process(name) is not None:
             return Status("running", len(finished), **_last_progress(lines))
+        if is_held(self.folders.run_path(name)):
+            return Status("elsewhere", len(finished))
         if finished >= set(STAGES):
             return Status("finished", len(finished))
         path = self._notes(name) / "process.json"
@@ -220,15 +238,9 @@ class Jobs:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
             return file.read().decode("utf-8", "replace").splitlines()
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
         """Let one user, of one studio, start a run at a time."""
-        notes = self.folders.runs / ".studio"
-        with readable_storage_errors(notes):
-            notes.mkdir(parents=True, exist_ok=True)
-            with (notes / ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                yield
+        return alone_in(self.folders.runs / ".studio", wait=True)
 
 
 def training_log(folder: RunFolder) -> list[Mapping[str, float]]:
@@ -242,9 +254,10 @@ def training_log(folder: RunFolder) -> list[Mapping[str, float]]:
 
 def _last_progress(lines: list[str]) -> dict[str, Any]:
     for line in reversed(lines):
-        if line.startswith("{"):
-            with contextlib.suppress(ValueError):  # the line being written
-                return dict(json.loads(line))
+        with contextlib.suppress(ValueError):  # words, or the line being written
+            values = json.loads(line)
+            if isinstance(values, dict) and values.keys() <= _PROGRESS:
+                return values
     return {}
 
 

@@ -21,7 +21,7 @@ from polylens.plan import choose_rows
 from polylens.progress import Progress, silent
 from polylens.prompts import Prompts, choose_format, encode_texts
 from polylens.report.plots import subspace_map
-from polylens.run import RunFolder
+from polylens.run_folder import RunFolder
 from polylens.states_cache import cached_hidden_states
 from polylens.steps import probe_prompts
 from polylens.subspaces import Subspaces

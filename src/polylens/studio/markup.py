@@ -8,18 +8,11 @@ from markupsafe import Markup
 
 from polylens.cli.console import duration
 from polylens.cli.run import EVALUATION_COLUMNS, STAGE_TITLES, evaluation_rows
+from polylens.conversation import Reply
 from polylens.languages import language_name
 from polylens.report.page import ReportData, render_measures, summary
-from polylens.run import STAGES
-from polylens.studio.dial import Reply
-from polylens.studio.jobs import Status
-
-_STATES = {
-    "running": "under way",
-    "finished": "finished",
-    "failed": "failed",
-    "stopped": "stopped",
-}
+from polylens.run_folder import STAGES
+from polylens.studio.jobs import STATES, Status
 
 
 def alert(text: str) -> Markup:
@@ -61,7 +54,7 @@ def progress(name: str, status: Status) -> Markup:
     """Say how far a run is."""
     parts = [
         Markup('<p><strong dir="auto">{}</strong> is {}; {} of {} stages are finished.</p>').format(
-            name, _STATES[status.state], status.n_finished, len(STAGES)
+            name, STATES[status.state], status.n_finished, len(STAGES)
         )
     ]
     if status.state == "running":
@@ -86,14 +79,16 @@ def answers(before: Reply, after: Reply, strength: float) -> Markup:
         Markup(
             '<section class="answer"><h3>{}</h3><p class="note">{}</p><div dir="auto">{}</div>'
             "</section>"
-        ).format(title, _language(reply.detected), reply.text or "(no answer)")
+        ).format(title, _described(reply), reply.answer or "(no answer)")
         for title, reply in (("Before", before), (f"After, strength {strength:g}", after))
     )
     return Markup('<div class="answers" role="status">{}</div>').format(sides)
 
 
-def _language(detected: str) -> str:
-    return detected if detected in ("unknown", "empty") else f"in {language_name(detected)}"
+def _described(reply: Reply) -> str:
+    is_known = reply.language not in ("unknown", "empty")
+    language = f"in {language_name(reply.language)}" if is_known else reply.language
+    return f"{language}, cut off" if reply.is_cut else language
 
 
 def results(data: ReportData) -> Markup:

@@ -21,6 +21,7 @@ from polylens.evaluation import read_answers
 from polylens.evaluation.sides import run_strength
 from polylens.languages import language_name
 from polylens.progress import Progress
+from polylens.report import read_report_data
 from polylens.report.plots import (
     difference_figure,
     loss_curves,
@@ -28,7 +29,6 @@ from polylens.report.plots import (
     strength_figure,
     subspace_map,
 )
-from polylens.run import read_report_data
 from polylens.studio import markup
 from polylens.studio.dial import Dial
 from polylens.studio.downloads import offered
@@ -175,7 +175,7 @@ def _new_run_page(studio: Studio, run: gr.Dropdown, tabs: gr.Tabs) -> None:
             values=values,
         )
 
-    def forecast(*form: Any) -> Any:
+    def estimate(*form: Any) -> Any:
         try:
             return markup.table(
                 "What it would cost here", (), cost_rows(configure(form)), text=True
@@ -192,7 +192,7 @@ def _new_run_page(studio: Studio, run: gr.Dropdown, tabs: gr.Tabs) -> None:
         return markup.note(f"{name} has started."), chosen, gr.Tabs(selected="progress")
 
     _on(preset.input, lambda preset: preset_values(preset), [preset], values)
-    _on(check.click, forecast, form, [said], **_MODEL_WORK)
+    _on(check.click, estimate, form, [said], **_MODEL_WORK)
     _on(start.click, begin, [name, *form], [said, run, tabs])
 
 
@@ -254,6 +254,7 @@ def _inside_page(studio: Studio, run: gr.Dropdown, stage: gr.State) -> None:
 
     def every_layer(name: str, progress: Any = gr.Progress()) -> Any:  # noqa: B008 - as Gradio wants it
         folder = studio.folders.run(name)
+        studio.dial.close()
         return shown(
             look_into_run(folder, studio.folders.config(folder), progress=_drawn(progress))
         )
@@ -266,6 +267,7 @@ def _inside_page(studio: Studio, run: gr.Dropdown, stage: gr.State) -> None:
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> Any:
         spec = studio.folders.model(model)
+        studio.dial.close()
         return shown(
             look_into_model(
                 spec, languages, central, n_texts=int(n_texts), progress=_drawn(progress)
