@@ -9,6 +9,7 @@ so that a row's translations do not count as independent examples.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,7 +120,12 @@ class Column:
             return ""
         factor, digits = self._unit(base, names)
         low, high = found.low * factor, found.high * factor
-        text = f"{found.difference * factor:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+        # Rows that hardly differ bound nothing on one side.
+        from_, to = f"{low:+.{digits}f}", f"{high:+.{digits}f}"
+        interval = f"{from_} to {to}"
+        if math.inf in (-low, high):
+            interval = f"at least {from_}" if low > -math.inf else f"at most {to}"
+        text = f"{found.difference * factor:+.{digits}f} ({interval})"
         return f"**{text}**" if low > 0 or high < 0 else text
 
     def _unit(self, base: Side, names: Sequence[str]) -> tuple[float, int]:
