@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -16,6 +17,9 @@ import torch
 from polylens.cli import main
 from polylens.models.loading import LanguageModel, wrap_model
 from tiny import FAMILIES, build, save_taught, save_tiny, tiny_tokenizer
+
+# Shells start what goes on in the background deaf to Ctrl-C, and it would pass that on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # tiny models run faster on one, and the tests share the cores
 
