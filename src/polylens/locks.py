@@ -82,6 +82,8 @@ def is_held(folder: Path) -> bool:
     try:
         with (folder / LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in _HELD and not isinstance(error, PermissionError)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or not ours to read
+        return False
     return False

@@ -131,7 +131,7 @@ class Jobs:
 
         Raises:
             UsageError: the name is no plain name.
-            RunError: it is not under way.
+            RunError: it is not under way, or a command elsewhere is at work on it.
         """
         process = self._process(name)
         if process is None:
