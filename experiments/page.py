@@ -138,10 +138,12 @@ REPLIES = Column("replies, %", "replies")
 TEXTS = Column("texts, %", "bits_per_byte")
 FIDELITY = Column("in language, points", "fidelity")
 REPEATING = Column("repeating, points", "repeating")
+ECHOING = Column("echoing, points", "echoing")
+SOUND = Column("sound, points", "sound")
 LENGTH = Column("length, characters", "length", percent=False)
 LETTERS = Column("XCOPA letters, points", "xcopa", "_letters")
 CONTINUATION = Column("XCOPA continuation, points", "xcopa")
-COLUMNS = (REPLIES, TEXTS, FIDELITY, REPEATING, LENGTH, LETTERS, CONTINUATION)
+COLUMNS = (REPLIES, TEXTS, FIDELITY, REPEATING, ECHOING, SOUND, LENGTH, LETTERS, CONTINUATION)
 
 
 def table(sides: Mapping[str, Side], chosen: Sequence[str], languages: Sequence[str]) -> str:

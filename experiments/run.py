@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,9 +43,10 @@ from polylens.config import ProbeSettings, TrainSettings
 from polylens.corpora import ParallelCorpus
 from polylens.crown import CrownDelta
 from polylens.evaluation.comparison import Heldout, answer
-from polylens.evaluation.fidelity import is_repeating
+from polylens.evaluation.fidelity import is_echo, is_repeating
 from polylens.evaluation.measures import Example, Task, TaskRun
 from polylens.evaluation.replies import measure_replies
+from polylens.evaluation.results import Answer, read_answers, write_answers
 from polylens.evaluation.scoring import Candidate
 from polylens.evaluation.suite import Suite, measure_texts, run_suite
 from polylens.evaluation.tasks import choose_tasks
@@ -57,6 +58,7 @@ from polylens.shortfall import measure_shortfall, strengths_of
 from polylens.steps import encode_shared, probe_prompts, train_prompts
 
 HERE = Path(__file__).parent
+DELTAS = Path("runs/experiments")
 PARTS = ("texts", "replies", "xcopa_letters", "xcopa", "answers")
 
 
@@ -92,7 +94,7 @@ def make_deltas(
     model: LanguageModel, spec: str, names: Sequence[str], seed: int
 ) -> dict[str, CrownDelta]:
     """Train, or read what was trained; deltas lie in runs/, not in the repository."""
-    folder = Path("runs/experiments") / spec
+    folder = DELTAS / spec
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{_digest(SETTINGS[name])}-{seed}.safetensors" for name in names}
     left = [name for name in {paths[n]: n for n in names}.values() if not paths[name].exists()]
@@ -191,7 +193,8 @@ def measure(
         if not left:
             continue
         started = time.monotonic()
-        runs = _measurers(given)[part](model, [candidates[i] for i in left], heldout)
+        chosen = {names[i]: candidates[i] for i in left}
+        runs = _measurers(given)[part](model, chosen, heldout)
         for place, index in enumerate(left):
             contents[index]["parts"][part] = [_kept(run, place) for run in runs]
             write_json(files[index], contents[index])
@@ -203,47 +206,68 @@ def _measurers(given: argparse.Namespace) -> dict[str, Callable[..., list[TaskRu
     first = 0 if given.split == "development" else 1
 
     def benchmark(name: str) -> Callable[..., list[TaskRun]]:
-        def of(model: LanguageModel, some: Sequence[Candidate], _: Heldout) -> list[TaskRun]:
+        def of(model: LanguageModel, some: Mapping[str, Candidate], _: Heldout) -> list[TaskRun]:
             specs = tuple(choose_tasks([name], BENCHMARK_LANGUAGES, given.data_dir))
             suite = Suite(
                 (), specs, None, limit=given.examples, data_dir=given.data_dir, every=(first, 2)
             )
-            return [run for _, runs in run_suite(model, some, suite) for run in runs]
+            parts = run_suite(model, [*some.values()], suite)
+            return [run for _, runs in parts for run in runs]
 
         return of
 
     return {
-        "texts": lambda model, some, heldout: measure_texts(model, some, heldout),
-        "replies": lambda model, some, heldout: measure_replies(model, some, heldout),
-        "answers": _answers,
+        "texts": lambda model, some, heldout: measure_texts(model, [*some.values()], heldout),
+        "replies": lambda model, some, heldout: measure_replies(model, [*some.values()], heldout),
+        "answers": lambda model, some, heldout: _answers(
+            model, some, heldout, DELTAS / given.model / f"answers-{given.split}"
+        ),
         "xcopa": benchmark("xcopa"),
         "xcopa_letters": benchmark("xcopa_letters"),
     }
 
 
 def _answers(
-    model: LanguageModel, candidates: Sequence[Candidate], heldout: Heldout
+    model: LanguageModel, some: Mapping[str, Candidate], heldout: Heldout, folder: Path
 ) -> list[TaskRun]:
-    """Answers: in the language, repeating, and their length in characters."""
-    found: dict[tuple[str, str], list[tuple[Example, ...]]] = {}
-    for candidate in candidates:
-        with candidate.applied(model.structure):
-            answers = answer(model, heldout, MAX_NEW_TOKENS, silent)
-        for language in heldout.all_languages:
-            own = [one for one in answers if one.language == language]
-            for what, value in (
-                ("fidelity", lambda one: float(one.passed)),
-                ("repeating", lambda one: float(is_repeating(one.answer))),
-                ("length", lambda one: float(len(one.answer))),
-            ):
-                examples = tuple(Example(str(one.id), value(one)) for one in own)
-                found.setdefault((what, language), []).append(examples)
+    """What can be told of answers; they themselves are kept in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sides = []
+    for name, candidate in some.items():
+        path = folder / f"{name}.jsonl"
+        if not path.exists():
+            with candidate.applied(model.structure):
+                write_answers(path, answer(model, heldout, MAX_NEW_TOKENS, silent))
+        sides.append(read_answers(path))
     return [
         TaskRun(
-            Task(f"{what}_{language}", language, "answers", what, what != "repeating"), tuple(e)
+            Task(f"{what}_{language}", language, "answers", what, what not in BAD),
+            tuple(
+                tuple(
+                    Example(str(one.id), float(value(one)))
+                    for one in answers
+                    if one.language == language
+                )
+                for answers in sides
+            ),
         )
-        for (what, language), e in found.items()
+        for language in heldout.all_languages
+        for what, value in OF_ANSWERS.items()
     ]
+
+
+def _is_sound(one: Answer) -> bool:
+    return one.passed and not is_repeating(one.answer) and not is_echo(one.prompt, one.answer)
+
+
+OF_ANSWERS: Mapping[str, Callable[[Answer], float]] = {
+    "fidelity": lambda one: one.passed,
+    "repeating": lambda one: is_repeating(one.answer),
+    "echoing": lambda one: is_echo(one.prompt, one.answer),
+    "sound": _is_sound,
+    "length": lambda one: len(one.answer),
+}
+BAD = ("repeating", "echoing")
 
 
 def _kept(run: TaskRun, place: int) -> dict[str, Any]:

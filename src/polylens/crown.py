@@ -326,12 +326,12 @@ class CrownDelta:
         """Decoder layers that it changes."""
         return tuple(self.metadata["layers"])
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write to a safetensors file, whole or not at all."""
-        save_tensors(path, self.changes, {"kind": "polylens.delta", **self.metadata})
+        save_tensors(Path(path), self.changes, {"kind": "polylens.delta", **self.metadata})
 
     @classmethod
-    def load(cls, path: Path, *, fingerprint: str | None = None) -> CrownDelta:
+    def load(cls, path: str | Path, *, fingerprint: str | None = None) -> CrownDelta:
         """Read what `save` wrote.
 
         Args:
@@ -342,7 +342,7 @@ class CrownDelta:
             UsageError: the file holds something else, or a delta of another model.
             CorruptFileError: the file is damaged.
         """
-        tensors, metadata = load_tensors(path)
+        tensors, metadata = load_tensors(Path(path))
         if metadata.pop("kind", None) != "polylens.delta":
             raise UsageError(
                 f"{path} must hold a delta, but holds something else; give the delta.safetensors "

@@ -85,7 +85,7 @@ in training, only parallel prompts.
 Held-out prompts: {heldout["rows"]} rows of `{heldout["name"]}`. Answers are greedy, at most
 {evaluation.max_new_tokens} tokens, and count as in the language when py3langid, limited to the
 languages of the table, says so. An answer is repeating when more than half of its 4-grams occurred
-before in it. Bits per byte are over the held-out texts; lower is better. The change of states is
+before in it, and echoing when it begins by repeating the question. Bits per byte are over the held-out texts; lower is better. The change of states is
 ‖h - h°‖ / ‖h°‖ of the mean state after the final norm.
 
 Not measured here: benchmarks, the quality of the answers, safety, and languages outside the table.
@@ -122,8 +122,8 @@ def results_table(evaluation: Evaluation) -> str:
     """Return before and after as a Markdown table, central language first."""
     lines = [
         "| language | answers in it, before | after | repeating, before | after "
-        "| bits per byte, before | after | change of states |",
-        "|-|-|-|-|-|-|-|-|",
+        "| echoing, before | after | bits per byte, before | after | change of states |",
+        "|-|-|-|-|-|-|-|-|-|-|",
     ]
     for language in evaluation.all_languages:
         fidelity = evaluation.fidelity[language]
@@ -132,6 +132,7 @@ def results_table(evaluation: Evaluation) -> str:
         lines.append(
             f"| {language_name(language)} | {before.passed} of {before.n} | {after.passed} of "
             f"{after.n} | {before.repeating} | {after.repeating} "
+            f"| {before.echoing} | {after.echoing} "
             f"| {bits.before:.4f} | {bits.after:.4f} "
             f"| {evaluation.state_change[language].relative:.2%} |"
         )

@@ -226,10 +226,10 @@ class Subspaces:
         specific = self.project_specific(difference, layer).norm() / centre.norm()
         return float(agnostic), float(specific)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write to a safetensors file, whole or not at all."""
         save_tensors(
-            path,
+            Path(path),
             {name: getattr(self, name) for name in _TENSORS},
             {
                 "kind": "polylens.subspaces",
@@ -244,7 +244,7 @@ class Subspaces:
         )
 
     @classmethod
-    def load(cls, path: Path, *, fingerprint: str | None = None) -> Subspaces:
+    def load(cls, path: str | Path, *, fingerprint: str | None = None) -> Subspaces:
         """Read what `save` wrote.
 
         Args:
@@ -255,7 +255,7 @@ class Subspaces:
             SubspaceError: the subspaces are of another model, or the file holds something else.
             CorruptFileError: the file is damaged.
         """
-        tensors, metadata = load_tensors(path)
+        tensors, metadata = load_tensors(Path(path))
         if metadata.pop("kind", None) != "polylens.subspaces":
             raise SubspaceError(
                 f"{path} must hold subspaces, but holds something else; give the "

@@ -1,7 +1,13 @@
 import pytest
 
 from polylens.detection import LanguageDetector
-from polylens.evaluation.fidelity import Fidelity, detect_answers, is_repeating, measure_fidelity
+from polylens.evaluation.fidelity import (
+    Fidelity,
+    detect_answers,
+    is_echo,
+    is_repeating,
+    measure_fidelity,
+)
 
 
 def test_answers_are_told_apart():
@@ -20,19 +26,21 @@ def test_answers_are_told_apart():
 def test_only_the_language_asked_for_passes():
     detected = ["sw", "sw", "en", "unknown", "empty"]
     answers = ["habari", "mambo vipi " * 9, "hello", "42", ""]
-    assert measure_fidelity("sw", answers, detected) == Fidelity(
+    prompts = ["Habari yako?", *["Mambo vipi?"] * 4]
+    assert measure_fidelity("sw", prompts, answers, detected) == Fidelity(
         n=5,
         passed=2,
         rate=pytest.approx(0.4),
         standard_error=pytest.approx((0.4 * 0.6 / 5) ** 0.5),
         answered={"empty": 1, "en": 1, "sw": 2, "unknown": 1},
         repeating=1,
+        echoing=2,
     )
 
 
 @pytest.mark.parametrize(("detected", "rate"), [(["sw", "sw"], 1.0), (["en", "en"], 0.0)])
 def test_a_rate_of_none_or_all_has_no_spread(detected, rate):
-    fidelity = measure_fidelity("sw", ["a b c", "d e f"], detected)
+    fidelity = measure_fidelity("sw", ["?", "?"], ["a b c", "d e f"], detected)
     assert (fidelity.rate, fidelity.standard_error) == (rate, 0.0)
 
 
@@ -65,3 +73,31 @@ def test_repeating_answers_are_noticed(answer):
 )
 def test_ordinary_answers_do_not_repeat(answer):
     assert not is_repeating(answer)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("صف بنية الذرة.", "صف بنية الذرة."),
+        ("Je! ni rangi gani tatu za msingi?", "je ni rangi gani tatu za msingi.\n\nJe, rangi"),
+        ("পরমাণুর গঠন বর্ণনা কর এবং উদাহরণ দাও।", "পরমাণুর গঠন বর্ণ"),  # cut off
+        ("건강을 유지하기 위한 세 가지 요령을 제시하세요.", "건강을 유지하기 위한 세 가지"),
+        ("描述原子的结构。", "描述原子的结构：原子"),
+    ],
+)
+def test_answers_that_say_the_question_again_are_noticed(prompt, answer):
+    assert is_echo(prompt, answer)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("What are the three primary colors?", ""),
+        ("What are the three primary colors?", "Why, of course."),
+        ("What are the three primary colors?", "The three primary colors are red, yellow, blue."),
+        ("描述原子的结构。", "原子的结构是原子核和电子。"),
+        ("?!", "…"),
+    ],
+)
+def test_answers_of_their_own_are_no_echo(prompt, answer):
+    assert not is_echo(prompt, answer)

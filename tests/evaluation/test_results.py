@@ -25,8 +25,8 @@ def _evaluation():
         max_new_tokens=48,
         fidelity={
             language: BeforeAfter(
-                Fidelity(4, 1, 0.25, 0.2165, {"en": 3, language: 1}, 1),
-                Fidelity(4, 3, 0.75, 0.2165, {"empty": 1, language: 3}, 0),
+                Fidelity(4, 1, 0.25, 0.2165, {"en": 3, language: 1}, 1, 2),
+                Fidelity(4, 3, 0.75, 0.2165, {"empty": 1, language: 3}, 0, 0),
             )
             for language in languages
         },
@@ -51,6 +51,7 @@ def test_the_summary_names_what_it_holds():
         "standard_error",
         "answered",
         "repeating",
+        "echoing",
     }
     assert values["bits_per_byte"]["sw"] == {
         "before": 1.5,

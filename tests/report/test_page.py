@@ -50,7 +50,7 @@ MEASURES = tuple(
 
 
 def fidelity(passed: int) -> Fidelity:
-    return Fidelity(4, passed, passed / 4, 0.1, {"en": 4 - passed, "sw": passed}, 0)
+    return Fidelity(4, passed, passed / 4, 0.1, {"en": 4 - passed, "sw": passed}, 0, 0)
 
 
 @pytest.fixture
@@ -163,10 +163,11 @@ def test_the_decision_comes_first_and_is_the_gates(data: ReportData) -> None:
 
 def test_more_repetitions_are_told(data: ReportData) -> None:
     assert caution(data.evaluation) == ""
-    more = dataclasses.replace(fidelity(3), repeating=2)
+    more = dataclasses.replace(fidelity(3), repeating=2, echoing=1)
     watched = {**data.evaluation.fidelity, "sw": BeforeAfter(fidelity(1), more)}
     told = caution(dataclasses.replace(data.evaluation, fidelity=watched))
-    assert "Swahili (0 → 2 of 4)" in told
+    assert "repeat themselves than before in Swahili (0 → 2 of 4)." in told
+    assert "repeat the question than before in Swahili (0 → 1 of 4)." in told
     assert "Arabic" not in told
 
 

@@ -233,8 +233,9 @@ def summarise(
         measured = []
         for answers in (before, after):
             own = [one for one in answers if one.language == language]
-            texts, detected = [one.answer for one in own], [one.detected for one in own]
-            measured.append(measure_fidelity(language, texts, detected))
+            prompts, texts = [one.prompt for one in own], [one.answer for one in own]
+            detected = [one.detected for one in own]
+            measured.append(measure_fidelity(language, prompts, texts, detected))
         fidelity[language] = BeforeAfter(*measured)
     return Evaluation(
         central=heldout.central,

@@ -7,6 +7,7 @@ language.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ from polylens.detection import LanguageDetector
 # have occurred before in it says the same thing again and again.
 _GRAM = 4
 _REPEATING_RATIO = 0.5
+
+# An answer that begins with so much of its question, in letters, says the question again. Fewer
+# letters than these begin many an answer by chance.
+_ECHO_RATIO = 0.8
+_ECHO_LETTERS = 4
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Fidelity:
         answered: detected language → answers; "unknown" for those too short to judge, "empty" for
             those without any text. They add up to `n`.
         repeating: answers that mostly repeat themselves, see `is_repeating`. Lower is better.
+        echoing: answers that begin by repeating the question, see `is_echo`. Lower is better.
     """
 
     n: int
@@ -39,6 +46,7 @@ class Fidelity:
     standard_error: float
     answered: Mapping[str, int]
     repeating: int
+    echoing: int
 
 
 def detect_answers(answers: Sequence[str], detector: LanguageDetector) -> list[str]:
@@ -48,12 +56,15 @@ def detect_answers(answers: Sequence[str], detector: LanguageDetector) -> list[s
     ]
 
 
-def measure_fidelity(asked: str, answers: Sequence[str], detected: Sequence[str]) -> Fidelity:
+def measure_fidelity(
+    asked: str, prompts: Sequence[str], answers: Sequence[str], detected: Sequence[str]
+) -> Fidelity:
     """Count the answers in the language asked for.
 
     Args:
         asked: the language of the questions.
-        answers: to those questions, at least one.
+        prompts: those questions, at least one.
+        answers: to them.
         detected: the languages of the answers, from `detect_answers`.
     """
     n = len(answers)
@@ -66,6 +77,7 @@ def measure_fidelity(asked: str, answers: Sequence[str], detected: Sequence[str]
         standard_error=(rate * (1 - rate) / n) ** 0.5,
         answered=dict(sorted(Counter(detected).items())),
         repeating=sum(map(is_repeating, answers)),
+        echoing=sum(map(is_echo, prompts, answers)),
     )
 
 
@@ -84,3 +96,20 @@ def is_repeating(answer: str) -> bool:
     units: Sequence[str] = words if len(words) > len(answer) / 12 else answer
     grams = [tuple(units[i : i + _GRAM]) for i in range(len(units) - _GRAM + 1)]
     return bool(grams) and 1 - len(set(grams)) / len(grams) > _REPEATING_RATIO
+
+
+def is_echo(prompt: str, answer: str) -> bool:
+    """Whether an answer begins by repeating its question.
+
+    An echo is in the language of the question, and answers nothing. Only letters and digits are
+    compared. Of an answer that is shorter than its question, or was cut off, the whole counts.
+
+    Example:
+        >>> is_echo("What are the three primary colours?", "What are the three primary colours? I")
+        True
+        >>> is_echo("What are the three primary colours?", "The three primary colours are red, …")
+        False
+    """
+    asked, said = ("".join(filter(str.isalnum, text)).casefold() for text in (prompt, answer))
+    n_same = len(os.path.commonprefix([asked, said]))
+    return n_same >= max(_ECHO_LETTERS, _ECHO_RATIO * min(len(asked), len(said)))

@@ -157,7 +157,8 @@ def _language(run: TaskRun) -> str:
 def _fidelity(run: TaskRun, number: int) -> Fidelity:
     responses = [one.responses for one in run.examples[number]]
     texts, detected = ([one[key] for one in responses] for key in ("answer", "detected"))
-    return measure_fidelity(_language(run), texts, detected)
+    prompts = [one.prompt for one in run.examples[number]]
+    return measure_fidelity(_language(run), prompts, texts, detected)
 
 
 def _in_central(run: TaskRun, central: str) -> TaskRun:

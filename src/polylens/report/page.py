@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import plotly.graph_objects as go
@@ -16,7 +17,7 @@ from plotly.offline import get_plotlyjs
 from torch import Tensor
 
 from polylens.evaluation import Answer, Evaluation
-from polylens.evaluation.fidelity import is_repeating
+from polylens.evaluation.fidelity import is_echo, is_repeating
 from polylens.evaluation.gate import Dial, Verdict
 from polylens.evaluation.measures import Example, Measure
 from polylens.languages import is_right_to_left, language_name
@@ -162,20 +163,23 @@ def summary(evaluation: Evaluation) -> str:
 
 
 def caution(evaluation: Evaluation) -> str:
-    """Say in which languages more answers repeat themselves than before; "" if in none."""
-    found = []
-    for language in evaluation.all_languages:
-        before, after = evaluation.fidelity[language].before, evaluation.fidelity[language].after
-        if after.repeating > before.repeating:
-            found.append(
-                f"{language_name(language)} ({before.repeating} → {after.repeating} of {after.n})"
-            )
-    if not found:
+    """Say where more answers repeat themselves, or their question, than before; "" if nowhere."""
+    sentences = []
+    for what, count in (
+        ("themselves", attrgetter("repeating")),
+        ("the question", attrgetter("echoing")),
+    ):
+        found = []
+        for language in evaluation.all_languages:
+            own = evaluation.fidelity[language]
+            before, after = count(own.before), count(own.after)
+            if after > before:
+                found.append(f"{language_name(language)} ({before} → {after} of {own.after.n})")
+        if found:
+            sentences.append(f"More answers repeat {what} than before in {_listed(found)}.")
+    if not sentences:
         return ""
-    return (
-        f"More answers repeat themselves than before in {_listed(found)}: read them below, and "
-        "turn the dial down where they say so."
-    )
+    return " ".join([*sentences, "Read them below, and turn the dial down where they say so."])
 
 
 def _told(one: Measure) -> str:
@@ -274,6 +278,7 @@ def _render(name: str, **values: Any) -> str:
     )
     environment.filters["language"] = language_name
     environment.tests["repeating"] = is_repeating
+    environment.tests["echo_of"] = lambda answer, prompt: is_echo(prompt, answer)
     # `dir="auto"` goes by the first letter, which may be that of a foreign name.
     environment.tests["right_to_left"] = is_right_to_left
     return environment.get_template(name).render(plotly=Markup(get_plotlyjs()), **values)
