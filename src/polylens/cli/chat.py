@@ -81,7 +81,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     model: options.Model = None,
     revision: options.Revision = None,
-    template: options.Template = None,
+    template: options.TemplateOfRun = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     memory: options.Memory = None,

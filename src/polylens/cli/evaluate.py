@@ -86,7 +86,7 @@ def evaluate(
     out_folder: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the answers; finished ones are kept.")
     ] = Path("runs/evaluation"),
-    template: options.Template = None,
+    template: options.TemplateOfRun = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     memory: options.Memory = None,

@@ -75,7 +75,7 @@ def mt_bench(
     out_folder: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the answers; finished ones are kept.")
     ] = Path("runs/mt-bench"),
-    template: options.Template = None,
+    template: options.TemplateOfRun = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     memory: options.Memory = None,

@@ -38,6 +38,14 @@ Preset = Annotated[str | None, typer.Option(help="default or paper.", show_defau
 Template = Annotated[
     str | None, typer.Option(help=_help(RunConfig, "template"), show_default=False)
 ]
+TemplateOfRun = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        help="Prompt template: 'auto', 'chat', 'plain', or a Jinja file; default: the run's own.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help=_help(RunConfig, "seed"), show_default=False)]
 Device = Annotated[str, typer.Option(help=_help(Runtime, "device"))]
 Dtype = Annotated[str, typer.Option(help=_help(Runtime, "dtype"))]

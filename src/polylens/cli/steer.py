@@ -123,7 +123,7 @@ def steer(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 48,
     model: options.Model = None,
     revision: options.Revision = None,
-    template: options.Template = None,
+    template: options.TemplateOfRun = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     memory: options.Memory = None,
