@@ -24,7 +24,7 @@ N_HELDOUT = 32
 MAX_NEW_TOKENS = 48
 
 Split = Literal["development", "report"]
-Method = Literal["lens", "sft", "sft-lora", "pretraining"]
+Method = Literal["lens", "sft", "sft-lora", "sft-translations", "pretraining"]
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,22 @@ SETTINGS: dict[str, Setting] = {
     "layers4": lens(**_AUTO, layers=4),
     "rows25": Setting("lens", {**_PAPER, **_AUTO}, rows=24),
     "rows50": Setting("lens", {**_PAPER, **_AUTO}, rows=48),
+    "small-batch": lens(**_FASTER, strength="auto", batch_size=2),
     "complement": Setting("lens", {**_PAPER, **_AUTO}, agnostic="complement"),
     "sft": Setting("sft"),
+    "sft-translations": Setting("sft-translations"),
     "sft-replay": Setting("sft", {"replay_ratio": 0.5}),
+    "answers": lens(
+        **_FASTER, strength="auto", answer_weight=1.0, max_answer_tokens=64, batch_size=2
+    ),
+    "answers-alone": lens(
+        **_FASTER,
+        answer_weight=1.0,
+        max_answer_tokens=64,
+        batch_size=2,
+        align_weight=0.0,
+        separate_weight=0.0,
+    ),
     "sft-lora": Setting("sft-lora"),
     "sft-lora-replay": Setting("sft-lora", {"replay_ratio": 0.5}),
     "pretraining": Setting("pretraining"),

@@ -214,6 +214,14 @@ STEPS = (
     ("auto-states10", "auto-kl10", "the same, at ten times the weight"),
     ("no-align", "auto", "align"),
     ("auto-kl10", "answer-kl10", "act along a reply, not at the last prompt token"),
+    ("no-separate", "auto", "separate"),
+    ("no-retain", "default", "retain mean states"),
+    ("auto", "complement", "align in all that is not specific, not in one dimension"),
+    ("layers1", "auto", "train two layers, not one"),
+    ("auto", "layers4", "train four layers, not two"),
+    ("rows25", "rows50", "48 rows, not 24"),
+    ("rows50", "auto", "96 rows, not 48"),
+    ("default", "small-batch", "two rows a step, not eight"),
 )
 
 

@@ -131,7 +131,7 @@ def _lens(
 ) -> Iterator[CrownDelta]:
     """Train settings of Lens that have rows and subspaces in common, from one trunk pass."""
     rows = training_rows()
-    rows = ParallelCorpus(rows.name, rows.rows[:n_rows])
+    rows = dataclasses.replace(rows, rows=rows.rows[:n_rows])
     languages = (CENTRAL, *LANGUAGES)
     texts, style = rows.to_corpus(), choose_format(model.tokenizer, "auto")
     subspaces = probe_prompts(
@@ -162,7 +162,9 @@ def _baseline(model: LanguageModel, setting: Setting, seed: int) -> CrownDelta:
         chosen = PretrainingSettings(**setting.settings)
         return pretrain(model, rows.to_corpus(), settings=chosen, **how)
     kind = LowRankSettings if setting.method == "sft-lora" else SupervisedSettings
-    examples = translations(rows, CENTRAL)
+    examples = rows.to_answered()
+    if setting.method == "sft-translations":
+        examples = translations(rows, CENTRAL)
     return fine_tune(model, examples, settings=kind(**setting.settings), **how)
 
 

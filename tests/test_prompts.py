@@ -63,10 +63,18 @@ ROWS = [{"en": "one", "sw": "moja"}, {"en": "two", "sw": "mbili"}, {"en": "three
 ANSWERS = {"sw": {"moja": "ndiyo kabisa"}}
 
 
-def answered(corpus: ParallelCorpus, max_answer_tokens: int | None) -> ParallelPrompts:
+def answered(
+    corpus: ParallelCorpus, max_answer_tokens: int | None, *, stand_in: bool = True
+) -> ParallelPrompts:
     tokenizer = tiny_tokenizer()
     return encode_parallel(
-        corpus, ("en", "sw"), choose_format(tokenizer), tokenizer, 100, max_answer_tokens
+        corpus,
+        ("en", "sw"),
+        choose_format(tokenizer),
+        tokenizer,
+        100,
+        max_answer_tokens,
+        stand_in=stand_in,
     )
 
 
@@ -89,10 +97,29 @@ def test_answers_follow_prompts_and_their_states_predict_them() -> None:
     assert prompts.without_answers() == alone
 
 
+def test_answers_that_are_learned_are_the_targets_own() -> None:
+    tokenizer = tiny_tokenizer()
+    both = {"en": {"one": "yes"}, "sw": {"moja": "ndiyo"}}
+    corpus = ParallelCorpus("x", tuple(ROWS), answers=both)
+    prompts = answered(corpus, 9, stand_in=False)
+    assert prompts.answers is not None
+    assert [tokenizer.decode(one) for one in prompts.answers] == ["", "ndiyo<|im_end|>", "", ""]
+    assert prompts.n_answer == (1, len(prompts.answers[1]), 1, 1)
+    assert prompts.ids[1][-5:] == prompts.answers[1][:-1]
+    assert prompts.without_answers() == answered(corpus, None)
+    assert answered(ParallelCorpus("x", tuple(ROWS)), 9, stand_in=False).answers is None
+
+
 def test_without_a_template_an_empty_line_parts_prompt_and_answer() -> None:
     tokenizer = tiny_tokenizer(chat_template=False, bos=True)
     prompts = encode_parallel(
-        ParallelCorpus("x", tuple(ROWS)), ("en", "sw"), choose_format(tokenizer), tokenizer, 100, 4
+        ParallelCorpus("x", tuple(ROWS)),
+        ("en", "sw"),
+        choose_format(tokenizer),
+        tokenizer,
+        100,
+        4,
+        stand_in=True,
     )
     assert tokenizer.decode(prompts.ids[0][1:]) == "one\n\nt"
 
@@ -101,7 +128,10 @@ def test_a_lone_row_without_an_answer_is_an_error() -> None:
     with pytest.raises(CorpusError, match="en has one row and no answer; add rows or answers"):
         answered(ParallelCorpus("x", (ROWS[0],)), 6)
     both = {"en": {"one": "yes"}, "sw": {"moja": "ndiyo"}}
-    assert answered(ParallelCorpus("x", (ROWS[0],), answers=both), 6).n_answer == (3, 5)
+    assert answered(ParallelCorpus("x", (ROWS[0],), answers=both), 6).n_answer == (
+        4,
+        6,
+    )  # with end of turn
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,17 @@ def setting(
     n_answer = tuple(1 + index % 3 for index in range(len(ids))) if answered else None
     parallel = ParallelStates(states, rows, "en", n_answer)
     return probe_subspaces(by_language, central="en"), parallel
+
+
+def with_answers(parallel: ParallelStates) -> ParallelStates:
+    """Give two prompts in three an answer of its own: its last tokens, and one more."""
+    ids, _ = prompts()
+    assert parallel.n_answer is not None
+    answers = tuple(
+        (*one[len(one) - n + 1 :], 9) if index % 3 else ()
+        for index, (one, n) in enumerate(zip(ids, parallel.n_answer, strict=True))
+    )
+    return dataclasses.replace(parallel, answers=answers)
 
 
 def train(model: LanguageModel, **settings: Any) -> TrainingResult:
@@ -143,6 +155,59 @@ def test_first_losses_equal_those_of_two_whole_models(llama: LanguageModel) -> N
         expected = (3 * omega).square().mean()
         assert result.log[0][f"separate.{language}"] == pytest.approx(float(expected), rel=1e-4)
     assert result.log[0]["retain"] == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("state", ["normed", "residual"])
+def test_the_loss_of_answers_is_transformers_own(llama: LanguageModel, state: str) -> None:
+    subspaces, parallel = setting(llama, answered=True)
+    parallel = with_answers(parallel)
+    assert parallel.answers is not None
+    ids, rows = prompts()
+    settings = TrainSettings(
+        **{**SETTINGS, "batch_size": N_ROWS}, state=state, answer_weight=2.0, retain_weight=0.0
+    )
+    log = train_crown(llama.structure, subspaces, parallel, settings, token_budget=24).log
+    counts = {"align.sw": 6, "separate.sw": 6, "align.zh": 5, "separate.zh": 5}
+    for language in ("sw", "zh"):
+        expected = []
+        for index in (row[language] for row in rows if language in row):
+            own = [*ids[index], 9] if parallel.answers[index] else []
+            labels = torch.full((1, len(own)), -100)
+            labels[:, len(own) - len(parallel.answers[index]) :] = torch.tensor(
+                parallel.answers[index]
+            )
+            if own:
+                with torch.no_grad():
+                    expected.append(llama.causal_lm(torch.tensor([own]), labels=labels).loss)
+        mean = float(torch.stack(expected).mean())
+        assert log[0][f"answer.{language}"] == pytest.approx(mean, rel=1e-4)
+        assert log[1][f"answer.{language}"] < mean
+        counts[f"answer.{language}"] = 2 * len(expected)
+    # Each part is a mean over the rows that have it; the loss is one over all rows.
+    assert log[0].keys() >= counts.keys()
+    loss = sum(log[0][name] * count for name, count in counts.items()) / N_ROWS
+    assert log[0]["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("position", ["last", "mean", "all"])
+def test_answers_that_follow_leave_the_other_losses_as_they_are(
+    llama: LanguageModel, position: str
+) -> None:
+    """What the prompt's own states say does not depend on what follows them."""
+    ids, rows = prompts()
+    subspaces, _ = setting(llama)
+    settings = TrainSettings(**{**SETTINGS, "batch_size": N_ROWS}, position=position)
+
+    def first(following: int) -> dict[str, float]:
+        longer = [[*one, *range(5, 5 + following)] for one in ids]
+        keep = Keep(boundary_layers=(2,), final=True)
+        states = collect_hidden_states(llama.structure, longer, keep)
+        n_answer = (following + 1,) * len(ids) if following else None
+        parallel = ParallelStates(states, rows, "en", n_answer)
+        return train_crown(llama.structure, subspaces, parallel, settings, token_budget=24).log[1]
+
+    alone, followed = first(0), first(3)
+    assert followed == pytest.approx(alone, rel=2e-3, abs=1e-6)
 
 
 def test_first_gradient_equals_that_of_the_whole_model(llama: LanguageModel) -> None:

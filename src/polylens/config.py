@@ -100,7 +100,7 @@ class TrainSettings(CrownSettings):
         "over its tokens, 'all' of them, or those that predict the tokens of an 'answer'.",
     )
     max_answer_tokens: PositiveInt = Field(
-        16, description="Tokens of an answer that position 'answer' reads at most."
+        16, description="Tokens of an answer that are read at most; longer ones lose their end."
     )
     state: Literal["normed", "residual"] = Field(
         "normed",
@@ -124,6 +124,11 @@ class TrainSettings(CrownSettings):
         description="What of the central language is retained: mean 'states', as published, or the "
         "'distribution' of each next token.",
     )
+    answer_weight: Weight = Field(
+        0.0,
+        description="Weight of the answers' own next tokens in the target languages (supervised "
+        "fine-tuning), where the corpus has answers.",
+    )
     update_rank: PositiveInt | None = Field(
         None,
         description="Rank of each linear map's change, by the extra `lora`; default: any, and all "
@@ -142,14 +147,14 @@ class TrainSettings(CrownSettings):
     @property
     def answer_tokens(self) -> int | None:
         """Most tokens of an answer that follow a prompt; None where none follow."""
-        return self.max_answer_tokens if self.position == "answer" else None
+        reads = self.position == "answer" or self.answer_weight > 0
+        return self.max_answer_tokens if reads else None
 
     @model_validator(mode="after")
     def _some_loss(self) -> TrainSettings:
-        if self.align_weight == self.separate_weight == self.retain_weight == 0:
-            raise ValueError(
-                "at least one of align_weight, separate_weight and retain_weight must be above 0"
-            )
+        weights = ("align_weight", "separate_weight", "retain_weight", "answer_weight")
+        if not any(getattr(self, name) for name in weights):
+            raise ValueError(f"at least one of {', '.join(weights)} must be above 0")
         return self
 
     def strength_of(self, language: str) -> float:
@@ -356,6 +361,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "separate_weight": 1.0,
             "retain_weight": 1.0,
             "retain": "states",
+            "answer_weight": 0.0,
             "update_rank": None,
             "learning_rate": 1e-5,
             "epochs": 1,

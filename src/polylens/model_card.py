@@ -56,14 +56,17 @@ def model_card(
         ("parallel rows", training["rows"]),
         ("strength", config.train.strength),
         (
-            "weights align / separate / retain",
+            "weights align / separate / retain / answer",
             f"{config.train.align_weight} / {config.train.separate_weight} / "
-            f"{config.train.retain_weight}",
+            f"{config.train.retain_weight} / {config.train.answer_weight}",
         ),
         ("agnostic subspace", config.probe.agnostic),
         ("dial of this model", dial.strength),
         ("seed", config.seed),
     ]
+    answers = "No answers were used in training, only parallel prompts."
+    if config.train.answer_weight and any(training.get("answers", {}).values()):
+        answers = "Answers in the target languages were learned too."
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
 ---
@@ -73,8 +76,7 @@ def model_card(
 This is `{base}` with its top decoder layers changed by PolyLens, an implementation of
 [*Lens*](https://arxiv.org/abs/2410.04407): the hidden states are probed for a language-agnostic
 and a language-specific subspace; the target languages are pulled towards {central} in the first and
-pushed along their own direction in the second; {central} is held where it was. No answers were used
-in training, only parallel prompts.
+pushed along their own direction in the second; {central} is held where it was. {answers}
 
 ## Results
 

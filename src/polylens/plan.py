@@ -42,7 +42,8 @@ class Cost:
     Attributes:
         trunk_flops: floating-point operations of the trunk passes: 2 · layer parameters · tokens,
             what prompts share counted once.
-        crown_flops: of training: three times the crown's forward, each epoch.
+        crown_flops: of training: three times the crown's forward, each epoch, and as much of the
+            head at the tokens of the answers that are learned.
         memory_bytes: peak, states included, as the run is carried out.
         states_bytes: states kept, in the cache.
         output_bytes: the merged model, in its stored dtype.
@@ -138,6 +139,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
         tokenizer,
         config.train.max_tokens,
         config.train.answer_tokens,
+        stand_in=config.train.position == "answer",
     )
     heldout = Heldout(
         heldout_corpus,
@@ -207,6 +209,8 @@ def _cost(
 ) -> Cost:
     texts = [ids for prompts in probing.values() for ids in prompts.ids]
     own = n_tokens_run(training.ids)
+    learned = sum(map(len, training.answers or ())) if settings.answer_weight > 0 else 0
+    n_head = facts.vocab_size * facts.hidden_size
     tokens = n_tokens_run(texts, once=True) + own + n_tokens_run(heldout.prompts.ids)
     n_layer = facts.n_layer_parameters / facts.n_layers
     n_kept = len(boundary_layers(settings, facts.n_layers)) + 1  # and the last layer's output
@@ -221,7 +225,7 @@ def _cost(
         memory = execution.needed_bytes
     return Cost(
         trunk_flops=2.0 * facts.n_layer_parameters * tokens,
-        crown_flops=6.0 * n_layer * n_crown_layers * own * settings.epochs,
+        crown_flops=6.0 * (n_layer * n_crown_layers * own + n_head * learned) * settings.epochs,
         memory_bytes=memory + min(room, execution.scratch_bytes),
         states_bytes=states,
         output_bytes=facts.n_bytes,

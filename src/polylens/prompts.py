@@ -74,11 +74,20 @@ class PromptFormat:
         # White space after the end of turn is the next turn's, which no answer reaches.
         return whole[len(prompt) :].rstrip() if whole.startswith(prompt) else answer + end
 
-    def encode_answer(self, tokenizer: Any, answer: str, max_tokens: int) -> tuple[int, ...]:
-        """Tokenise the beginning of what follows a prompt, without an end of turn.
+    def encode_answer(
+        self, tokenizer: Any, text: str, answer: str, max_tokens: int
+    ) -> tuple[int, ...]:
+        """Tokenise what follows the prompt for `text` when it is answered, end of turn included.
 
-        It is tokenised apart from the prompt, which keeps the tokens that it has in use. Without a
-        template an empty line parts the two.
+        It is tokenised apart from the prompt, which keeps the tokens that it has in use.
+        """
+        rendered = self.render_answer(tokenizer, text, answer)
+        return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"][:max_tokens])
+
+    def encode_beginning(self, tokenizer: Any, answer: str, max_tokens: int) -> tuple[int, ...]:
+        """Tokenise the beginning of an answer, apart from its prompt, without an end of turn.
+
+        Without a template an empty line parts the two.
         """
         text = f"\n\n{answer}" if self.template is None else answer
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"][:max_tokens])
@@ -214,6 +223,8 @@ class ParallelPrompts:
         n_truncated: prompts that lost their end.
         n_answer: for each prompt, the tokens of its answer: so many of the last states predict
             them, from the prompt's last one on. None where no answers follow.
+        answers: for each prompt, token ids of its own answer; empty where it has none, though
+            another text may stand in its place. None where no answers follow.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -221,6 +232,7 @@ class ParallelPrompts:
     sources: tuple[int, ...]
     n_truncated: int
     n_answer: tuple[int, ...] | None = None
+    answers: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -233,7 +245,7 @@ class ParallelPrompts:
             return self
         pairs = zip(self.ids, self.n_answer, strict=True)
         ids = tuple(one[: len(one) - n_answer + 1] for one, n_answer in pairs)
-        return dataclasses.replace(self, ids=ids, n_answer=None)
+        return dataclasses.replace(self, ids=ids, n_answer=None, answers=None)
 
 
 def encode_texts(
@@ -265,6 +277,8 @@ def encode_parallel(
     tokenizer: Any,
     max_tokens: int,
     max_answer_tokens: int | None = None,
+    *,
+    stand_in: bool = False,
 ) -> ParallelPrompts:
     """Tokenise parallel rows; a row without the first language, or with no other, is left out.
 
@@ -274,8 +288,10 @@ def encode_parallel(
         prompt_format: how a text becomes a prompt.
         tokenizer: the model's.
         max_tokens: longest prompt.
-        max_answer_tokens: let an answer of at most so many tokens follow each prompt: the row's
-            own, or in its place the next row's text of the language. None lets none follow.
+        max_answer_tokens: let an answer of at most so many tokens, end of turn included, follow
+            each prompt of a target language that has one. None lets none follow.
+        stand_in: let the next row's text of the language stand in for an answer that is missing,
+            and answers follow the central language's prompts, too, to be compared with.
 
     Raises:
         CorpusError: no row is left, or nothing can stand for an answer.
@@ -302,9 +318,10 @@ def encode_parallel(
             "tokens; raise max_tokens or check the rows with `polylens data`"
         )
     parallel = ParallelPrompts(tuple(ids), tuple(rows), tuple(sources), n_truncated)
-    if max_answer_tokens is None:
+    if max_answer_tokens is None or not (stand_in or corpus.answers):
         return parallel
-    return _with_answers(parallel, corpus, prompt_format, tokenizer, max_answer_tokens)
+    how = (prompt_format, tokenizer, max_answer_tokens)
+    return _with_answers(parallel, corpus, *how, central=central, stand_in=stand_in)
 
 
 def _with_answers(
@@ -313,22 +330,34 @@ def _with_answers(
     prompt_format: PromptFormat,
     tokenizer: Any,
     max_tokens: int,
+    *,
+    central: str,
+    stand_in: bool,
 ) -> ParallelPrompts:
     """Let answers follow the prompts; see `encode_parallel`."""
     ids, n_answer = list(prompts.ids), [1] * len(prompts.ids)
-    for language in dict.fromkeys(k for row in prompts.rows for k in row):
+    answers: list[tuple[int, ...]] = [()] * len(prompts.ids)
+    everything = dict.fromkeys(k for row in prompts.rows for k in row)
+    for language in everything if stand_in else [k for k in everything if k != central]:
         numbers = [number for number, row in enumerate(prompts.rows) if language in row]
         texts = [corpus.rows[prompts.sources[number]][language] for number in numbers]
         following = (*texts[1:], texts[0] if len(texts) > 1 else None)
         for number, text, other in zip(numbers, texts, following, strict=True):
-            answer = corpus.answer(language, text) or other
-            if answer is None:
+            index = prompts.rows[number][language]
+            if answer := corpus.answer(language, text):
+                tokens = prompt_format.encode_answer(tokenizer, text, answer, max_tokens)
+                answers[index] = tokens
+            elif not stand_in:
+                continue
+            elif other is not None:
+                tokens = prompt_format.encode_beginning(tokenizer, other, max_tokens)
+            else:
                 raise CorpusError(
                     f"prompts of {corpus.name} must have answers, or other rows whose texts stand "
                     f"for them, but {language} has one row and no answer; add rows or answers"
                 )
-            tokens = prompt_format.encode_answer(tokenizer, answer, max_tokens)
-            index = prompts.rows[number][language]
             ids[index] = (*ids[index], *tokens[:-1])
             n_answer[index] = max(1, len(tokens))
-    return dataclasses.replace(prompts, ids=tuple(ids), n_answer=tuple(n_answer))
+    return dataclasses.replace(
+        prompts, ids=tuple(ids), n_answer=tuple(n_answer), answers=tuple(answers)
+    )

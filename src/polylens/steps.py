@@ -252,6 +252,7 @@ def encode_shared(
         model.tokenizer,
         settings[0].max_tokens,
         next(answers, None),
+        stand_in=any(one.position == "answer" for one in settings),
     )
 
 
@@ -303,7 +304,9 @@ def train_prompts(
                 collect=collect,
                 progress=progress,
             )
-            kept[answered] = ParallelStates(states, own.rows, subspaces.central, own.n_answer)
+            kept[answered] = ParallelStates(
+                states, own.rows, subspaces.central, own.n_answer, own.answers
+            )
         result = train_crown(
             structure,
             subspaces,

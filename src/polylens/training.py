@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
 from polylens import distributed
@@ -42,13 +43,15 @@ class ParallelStates:
         rows: for each parallel row, language → index of its prompt in `states`. A row has the
             central language and at least one target; other languages may be missing.
         central: the central language.
-        n_answer: as `ParallelPrompts` has it; for `position` "answer", and for no other.
+        n_answer: as `ParallelPrompts` has it.
+        answers: as `ParallelPrompts` has them.
     """
 
     states: HiddenStates
     rows: tuple[Mapping[str, int], ...]
     central: str
     n_answer: tuple[int, ...] | None = None
+    answers: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -63,7 +66,8 @@ class TrainingResult:
     Attributes:
         changes: parameter name → change, float32.
         log: one entry an optimizer step: step, learning_rate, loss, gradient_norm, and each loss's
-            unweighted value as "retain", "align.<language>", "separate.<language>".
+            unweighted value as "retain", "align.<language>", "separate.<language>",
+            "answer.<language>" (nats a token).
     """
 
     changes: dict[str, Tensor]
@@ -161,7 +165,7 @@ def train_crown(
     )
     graph_tokens = best_graph_tokens(structure, len(crown.layers), scratch.batch_bytes)
     objective = _Objective(subspaces, parallel, settings, crown, token_budget, graph_tokens)
-    reads_logits = settings.retain_weight > 0 and settings.retain == "distribution"
+    reads_logits = objective.reads_logits
     with structure.loaded_head() if reads_logits else contextlib.nullcontext():
         log = optimize(
             dict(crown.named_trainable()),
@@ -172,6 +176,7 @@ def train_crown(
                 [dict(row) for row in parallel.rows],
                 parallel.states.lengths.tolist(),
                 parallel.n_answer,
+                parallel.answers,
             ],
             seed=seed,
             scratch=scratch,
@@ -206,13 +211,15 @@ class _Objective:
             sum(offsets[index + 1] - offsets[index] for index in row.values())
             for row in parallel.rows
         ]
-        assert (parallel.n_answer is not None) == (settings.position == "answer")
+        assert settings.position != "answer" or parallel.n_answer is not None
         n_answer: Sequence[int] = parallel.n_answer or [1] * len(parallel.states.lengths)
+        # The answers that are learned; none where the corpus has none.
+        self._answers = parallel.answers if settings.answer_weight > 0 else None
         self._n_prompt = [
             length - n + 1
             for length, n in zip(parallel.states.lengths.tolist(), n_answer, strict=True)
         ]
-        # How many of a prompt's last tokens align and separate read; None: all, or their mean.
+        # How many of a prompt's last tokens the losses of targets read; None: all of them.
         self._n_read = n_answer if settings.position in ("last", "answer") else None
         self._calls = Calls(structure, parallel.states.prefix_length)
         self._device = structure.device
@@ -226,6 +233,13 @@ class _Objective:
         }
         self._retain = RetainLoss()
         self._retain_distribution = RetainDistributionLoss()
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether a loss needs the head."""
+        settings = self._settings
+        retains = settings.retain_weight > 0 and settings.retain == "distribution"
+        return retains or self._answers is not None
 
     def backward(self, rows: Sequence[int]) -> tuple[float, dict[str, float]]:
         """Add the gradient of a step's loss to the crown's weights.
@@ -262,6 +276,7 @@ class _Objective:
         for language in self._parallel.targets:
             names += [f"align.{language}"] if settings.align_weight > 0 else []
             names += [f"separate.{language}"] if settings.separate_weight > 0 else []
+            names += [f"answer.{language}"] if self._answers is not None else []
         return names
 
     def _weight(self, name: str) -> float:
@@ -318,7 +333,31 @@ class _Objective:
                 loss = self._separate[language, layer]
                 values = loss(torch.cat(targets), torch.cat(before))
                 result[f"separate.{language}"] = _mean_of_each(values, [*map(len, targets)])
+            if self._answers is not None and layer == self._layers[-1]:
+                answered = [row[language] for row in present if self._answers[row[language]]]
+                if answered:
+                    result[f"answer.{language}"] = self._nats(now, answered)
         return result
+
+    def _nats(self, now: Mapping[int, Tensor], prompts: Sequence[int]) -> Tensor:
+        """Return the cross-entropy of some prompts' answers in nats a token, (n_prompts,).
+
+        Args:
+            now: the last layer's states in training, by prompt, as `_final` left them.
+            prompts: which ones; each has an answer.
+        """
+        assert self._answers is not None
+        answers = [self._answers[prompt] for prompt in prompts]
+        pairs = zip(prompts, answers, strict=True)
+        states = self._normed(torch.cat([now[prompt][-len(ids) :] for prompt, ids in pairs]))
+        tokens = torch.tensor([one for ids in answers for one in ids], device=states.device)
+
+        def nats(states: Tensor) -> Tensor:
+            logits = self._logits(states).float()
+            return functional.cross_entropy(logits, tokens, reduction="none")
+
+        values: Tensor = checkpoint_activations(nats, states, use_reentrant=False)
+        return _mean_of_each(values, [*map(len, answers)])
 
     def _divergence(self, now: Tensor, prompt: int) -> Tensor:
         """Return how far the next tokens after each of a prompt's own are from the model's.
@@ -332,19 +371,25 @@ class _Objective:
         """
         prefix_length = self._parallel.states.prefix_length
         states = (now, self._reference(prompt, self._layers[-1])[: len(now)])
-        own = [each[prefix_length:] for each in states]
-        if self._settings.state == "residual":
-            own = [self._crown.final_norm(each) for each in own]
+        own = [self._normed(each[prefix_length:]) for each in states]
 
         def divergence(states: Tensor, reference: Tensor) -> Tensor:
-            structure = self._crown.structure_[0]
-            logits = [
-                structure.logits(each[None].to(structure.dtype))[0] for each in (states, reference)
-            ]
-            return self._retain_distribution(*logits)
+            return self._retain_distribution(self._logits(states), self._logits(reference))
 
         value: Tensor = checkpoint_activations(divergence, *own, use_reentrant=False)
         return value
+
+    def _normed(self, states: Tensor) -> Tensor:
+        """Return states, as `_final` left them, after the final norm."""
+        if self._settings.state == "residual":
+            normed: Tensor = self._crown.final_norm(states)
+            return normed
+        return states
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Return the head's, (n_tokens, vocab_size), of states after the final norm."""
+        structure = self._crown.structure_[0]
+        return structure.logits(states[None].to(structure.dtype))[0]
 
     def _states(self, rows: Sequence[Mapping[str, int]]) -> dict[int, dict[int, Tensor]]:
         """Run the crown; return each prompt's states by layer, (n_tokens, hidden_size).
@@ -408,8 +453,10 @@ class _Objective:
     def _read(self, states: Tensor, prompt: int) -> Tensor:
         """Return what align and separate read of a prompt's states, (n_read, hidden_size)."""
         if self._n_read is not None:
-            return states[-self._n_read[prompt] :]
-        return states.mean(0, keepdim=True) if self._settings.position == "mean" else states
+            own = states[-self._n_read[prompt] :]
+            return own if self._settings.position == "answer" else own[:1]
+        own = states[: self._n_prompt[prompt]]
+        return own.mean(0, keepdim=True) if self._settings.position == "mean" else own
 
 
 def _mean_of_each(values: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from polylens.corpora import Corpus, ParallelCorpus, read_parallel, read_texts, starter_corpus
+from polylens.corpora import (
+    Corpus,
+    ParallelCorpus,
+    read_answered,
+    read_parallel,
+    read_texts,
+    starter_corpus,
+)
 from polylens.corpora.inspection import inspect_corpus
 from polylens.detection import LanguageDetector
+from polylens.evaluation.fidelity import is_echo, is_repeating
 from polylens.errors import CorpusError, LanguageError
 from tiny import tiny_tokenizer
 
@@ -253,9 +261,16 @@ def test_the_starter_corpus() -> None:
         assert sum(detector.detect(text) == language for text in texts) >= 122
         if language != "en":
             assert not any(row[language] == row["en"] for row in corpus.rows)
+        answers = [corpus.answer(language, text) or "" for text in texts]
+        assert len(set(answers)) == 128
+        assert all(detector.detect(answer) == language for answer in answers)
+        assert not any(map(is_echo, texts, answers))
+        assert not any(map(is_repeating, answers))
     train, heldout = corpus.split(32)
     assert (len(train.rows), len(heldout.rows)) == (96, 32)
     assert read_texts("starter").texts["sw"] == tuple(row["sw"] for row in train.rows)
+    learned = read_answered("starter").pairs["sw"]
+    assert learned == tuple((row["sw"], corpus.answer("sw", row["sw"])) for row in train.rows)
 
 
 def test_inspection_finds_what_is_wrong() -> None:

@@ -105,9 +105,7 @@ def encode_pairs(
             tokenizer, [prompt for prompt, _ in own], settings.max_tokens
         )
         for ids, index in zip(prompts.ids, prompts.kept, strict=True):
-            rendered = prompt_format.render_answer(tokenizer, *own[index])
-            answer = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-            answer = answer[: settings.max_answer_tokens]
+            answer = prompt_format.encode_answer(tokenizer, *own[index], settings.max_answer_tokens)
             rows.append(((*ids, *answer), len(answer), language))
     return Sequences.make(rows)
 

@@ -206,6 +206,15 @@ class ParallelCorpus:
         chosen = tuple(sample(self.rows, n_rows, seed))
         return dataclasses.replace(self, rows=chosen, n_heldout=0)
 
+    def to_answered(self) -> AnsweredCorpus:
+        """Return the texts that have an answer, with it."""
+        pairs: dict[str, list[tuple[str, str]]] = {}
+        for row in self.rows:
+            for language, text in row.items():
+                if answer := self.answer(language, text):
+                    pairs.setdefault(language, []).append((text, answer))
+        return AnsweredCorpus.make(self.name, pairs)
+
     def to_corpus(self) -> Corpus:
         """Return the texts of each language, no longer parallel."""
         return Corpus.make(

@@ -116,8 +116,8 @@ def read_answered(spec: str | Path, *, offline: bool = False) -> AnsweredCorpus:
     Raises:
         CorpusError: nothing there, or nothing readable.
     """
-    if str(spec) == STARTER:  # prompts alone
-        return AnsweredCorpus.make(STARTER, {})
+    if str(spec) == STARTER:
+        return starter_corpus().split(n_heldout=0)[0].to_answered()
     return AnsweredCorpus.make(corpus_name(spec), _pairs(read_rows(spec, offline=offline), spec))
 
 

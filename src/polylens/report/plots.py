@@ -33,24 +33,23 @@ def language_colours(languages: Sequence[str], central: str) -> dict[str, str]:
 
 
 def loss_curves(log: Sequence[Mapping[str, float]]) -> go.Figure:
-    """Draw each loss by step: retain, align and separate side by side.
+    """Draw each loss by step, those that were used side by side.
 
     Args:
         log: of `TrainingResult`, one entry a step.
     """
-    groups = [
-        group
-        for group in ("separate", "align", "retain")
-        if any(_of(entry, group) for entry in log)
-    ]
     titles = {
         "separate": "separate: distance to the goal",
         "align": "align: distance to the centre",
+        "answer": "answer: nats a token",
         "retain": "retain: drift of the centre",
     }
+    groups = [group for group in titles if any(_of(entry, group) for entry in log)]
     figure = make_subplots(rows=1, cols=len(groups), subplot_titles=[titles[g] for g in groups])
     languages = [
-        name.partition(".")[2] for name in log[0] if name.startswith(("separate.", "align."))
+        name.partition(".")[2]
+        for name in log[0]
+        if name.startswith(("separate.", "align.", "answer."))
     ]
     colours = language_colours(list(dict.fromkeys(languages)), "")
     shown: set[str] = set()
