@@ -86,16 +86,9 @@ SETTINGS: dict[str, Setting] = {
     "sft": Setting("sft"),
     "sft-translations": Setting("sft-translations"),
     "sft-replay": Setting("sft", {"replay_ratio": 0.5}),
-    "answers": lens(
+    "answers": Setting("lens", PRESETS["answers"]["train"]),
+    "answers-lens": lens(
         **_FASTER, strength="auto", answer_weight=1.0, max_answer_tokens=64, batch_size=2
-    ),
-    "answers-alone": lens(
-        **_FASTER,
-        answer_weight=1.0,
-        max_answer_tokens=64,
-        batch_size=2,
-        align_weight=0.0,
-        separate_weight=0.0,
     ),
     "sft-lora": Setting("sft-lora"),
     "sft-lora-replay": Setting("sft-lora", {"replay_ratio": 0.5}),

@@ -40,6 +40,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         '{"en": "Hello", "sw": "Habari"}\n'
         + "".join(f'{{"en": "Hello {n}", "zh": "你好{n}"}}\n' for n in range(9))
     )
+    (folder / "unanswered.jsonl").write_text(
+        "".join(f'{{"en": "Hello {n}", "sw": "Habari {n}"}}\n' for n in range(40))
+    )
     (folder / "typo.yaml").write_text("languages: [sw]\ntrain:\n  epoch: 3\n")
     (folder / "no-weights").mkdir()
     build().config.save_pretrained(folder / "no-weights")
@@ -75,6 +78,10 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             ["--languages", "sw", "--train-data", "{bad}/not-parallel.jsonl"],
             "none holds both en and sw",
+        ),
+        (
+            ["--languages", "sw", "--train-data", "{bad}/unanswered.jsonl", "--preset", "answers"],
+            "must have answers in the target languages, but unanswered.jsonl has none",
         ),
         (["--languages", "sw", "train.max_tokens=3"], "none does in 3 tokens"),
         (["--languages", "sw", "probe.max_tokens=3"], "none does in 3 tokens"),

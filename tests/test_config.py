@@ -58,7 +58,7 @@ def test_the_resolved_file_gives_the_same_run(tmp_path: Path) -> None:
         ({"languages": "sw", "lenguages": 1}, "unknown key lenguages, did you mean 'languages'"),
         (
             {"languages": "sw", "preset": "papre"},
-            "preset must be one of default, paper, got 'papre'",
+            "preset must be one of default, paper, answers, got 'papre'",
         ),
         ({"languages": "sw", "train.strength": {"zh": 1}}, "must name target languages"),
         ({"languages": "sw", "train.learning_rate": 0}, "train.learning_rate.*got 0"),

@@ -246,7 +246,7 @@ class RunConfig(Settings):
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     languages: tuple[str, ...] = Field(min_length=1, description="Target languages.")
     central: str = Field("en", description="The language to pull towards and to protect.")
-    preset: Literal["default", "paper"] = Field(
+    preset: Literal["default", "paper", "answers"] = Field(
         "default", description="Starting values of all settings."
     )
     template: str = Field(
@@ -337,7 +337,7 @@ class Runtime(Settings):
 
 # "default": what ablations support (docs/results.md). "paper": the published settings (arXiv
 # 2410.04407, appendix, and the published scripts), written out in full, so that a later change of a
-# default cannot change them.
+# default cannot change them. "answers": supervised fine-tuning; of Lens's losses, retain alone.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {"train": {"strength": "auto"}},
     "paper": {
@@ -372,6 +372,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         },
         # All 200 rows train, so evaluation takes the starter corpus's held-out rows.
         "evaluate": {"corpus": "starter"},
+    },
+    "answers": {
+        "train": {
+            "align_weight": 0.0,
+            "separate_weight": 0.0,
+            "answer_weight": 1.0,
+            "max_answer_tokens": 64,
+            "batch_size": 2,
+        }
     },
 }
 

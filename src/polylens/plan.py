@@ -31,6 +31,7 @@ from polylens.prompts import (
     encode_parallel,
     encode_texts,
 )
+from polylens.steps import require_answers
 from polylens.subspaces import check_layers, check_rank
 from polylens.training import boundary_layers, state_layers, trained_layers
 
@@ -141,6 +142,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
         config.train.answer_tokens,
         stand_in=config.train.position == "answer",
     )
+    require_answers(config.train, training, training_corpus.name)
     heldout = Heldout(
         heldout_corpus,
         encode_parallel(

@@ -14,7 +14,7 @@ from typing import overload
 from polylens.config import PRESETS, ProbeSettings, TrainSettings
 from polylens.corpora import Corpus, ParallelCorpus
 from polylens.crown import CrownDelta
-from polylens.errors import ConfigError
+from polylens.errors import ConfigError, CorpusError
 from polylens.hidden_states import HiddenStates, Keep
 from polylens.journal import versions
 from polylens.models.loading import LanguageModel
@@ -235,7 +235,7 @@ def encode_shared(
 
     Raises:
         ConfigError: the settings differ in `max_tokens` or `max_answer_tokens`.
-        CorpusError: no usable row.
+        CorpusError: no usable row, or no answer where nothing else is learned.
     """
     for name in ("max_tokens", "max_answer_tokens"):
         given = [getattr(one, name) for one in settings]
@@ -245,7 +245,7 @@ def encode_shared(
                 f"{', '.join(map(str, given)) or 'no settings'}; train the others apart"
             )
     answers = (one.answer_tokens for one in settings if one.answer_tokens is not None)
-    return encode_parallel(
+    prompts = encode_parallel(
         corpus,
         languages,
         choose_format(model.tokenizer, template),
@@ -254,6 +254,23 @@ def encode_shared(
         next(answers, None),
         stand_in=any(one.position == "answer" for one in settings),
     )
+    for one in settings:
+        require_answers(one, prompts, corpus.name)
+    return prompts
+
+
+def require_answers(settings: TrainSettings, prompts: ParallelPrompts, name: str) -> None:
+    """Check that target languages have something to learn from.
+
+    Raises:
+        CorpusError: answers alone are to be learned, and no row has one.
+    """
+    learns = settings.align_weight or settings.separate_weight
+    if settings.answer_weight and not learns and not any(prompts.answers or ()):
+        raise CorpusError(
+            "training on answers alone must have answers in the target languages, but "
+            f"{name} has none; add them as docs/data.md says, or take preset default"
+        )
 
 
 def train_prompts(

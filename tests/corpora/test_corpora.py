@@ -18,8 +18,8 @@ from polylens.corpora import (
 )
 from polylens.corpora.inspection import inspect_corpus
 from polylens.detection import LanguageDetector
-from polylens.evaluation.fidelity import is_echo, is_repeating
 from polylens.errors import CorpusError, LanguageError
+from polylens.evaluation.fidelity import is_echo, is_repeating
 from tiny import tiny_tokenizer
 
 LENS = Path(__file__).parents[2] / ".." / "shared" / "data" / "lens"

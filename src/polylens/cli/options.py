@@ -34,7 +34,7 @@ Languages = Annotated[
     ),
 ]
 Central = Annotated[str | None, typer.Option(help=_help(RunConfig, "central"), show_default=False)]
-Preset = Annotated[str | None, typer.Option(help="default or paper.", show_default=False)]
+Preset = Annotated[str | None, typer.Option(help="default, paper or answers.", show_default=False)]
 Template = Annotated[
     str | None, typer.Option(help=_help(RunConfig, "template"), show_default=False)
 ]

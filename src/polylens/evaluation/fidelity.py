@@ -7,10 +7,10 @@ language.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from polylens.detection import LanguageDetector
 
@@ -111,5 +111,7 @@ def is_echo(prompt: str, answer: str) -> bool:
         False
     """
     asked, said = ("".join(filter(str.isalnum, text)).casefold() for text in (prompt, answer))
-    n_same = len(os.path.commonprefix([asked, said]))
+    n_same = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, said, strict=False))
+    )
     return n_same >= max(_ECHO_LETTERS, _ECHO_RATIO * min(len(asked), len(said)))
