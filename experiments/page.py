@@ -32,7 +32,7 @@ NAMES = {
     "gemma3-270m": "Gemma-3-270M",
     "qwen2.5-coder-1.5b-instruct": "Qwen2.5-Coder-1.5B-Instruct",
 }
-MAIN = ("paper", "default", "sft", "sft-replay", "sft-lora", "pretraining")
+MAIN = ("paper", "default", "answers", "sft", "sft-translations", "sft-lora", "pretraining")
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,7 @@ STEPS = (
     ("auto-states10", "auto-kl10", "the same, at ten times the weight"),
     ("no-align", "auto", "align"),
     ("auto-kl10", "answer-kl10", "act along a reply, not at the last prompt token"),
+    ("answers", "answers-lens", "align and separate, beside learning answers"),
     ("no-separate", "auto", "separate"),
     ("no-retain", "default", "retain mean states"),
     ("auto", "complement", "align in all that is not specific, not in one dimension"),
