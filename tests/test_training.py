@@ -189,6 +189,32 @@ def test_the_loss_of_answers_is_transformers_own(llama: LanguageModel, state: st
     assert log[0]["loss"] == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("retain_weight", [0.0, 1.0])
+def test_rows_without_answers_are_no_reason_to_stop(
+    llama: LanguageModel, retain_weight: float
+) -> None:
+    """Whatever the order: a first batch without answers loses next to nothing."""
+    subspaces, parallel = setting(llama, answered=True)
+    parallel = with_answers(parallel)
+    assert parallel.answers is not None
+    one = parallel.rows[0]["sw"]
+    only = tuple(answer if index == one else () for index, answer in enumerate(parallel.answers))
+    assert only[one]
+    parallel = dataclasses.replace(parallel, answers=only)
+    settings = TrainSettings(
+        **{**SETTINGS, "batch_size": 1},
+        align_weight=0.0,
+        separate_weight=0.0,
+        retain_weight=retain_weight,
+        answer_weight=1.0,
+    )
+    for seed in range(3):
+        log = train_crown(llama.structure, subspaces, parallel, settings, seed=seed).log
+        assert sum("answer.sw" in entry for entry in log) == settings.epochs
+        losses = [entry["loss"] for entry in log if "answer.sw" not in entry]
+        assert max(losses) < 0.1
+
+
 @pytest.mark.parametrize("position", ["last", "mean", "all"])
 def test_answers_that_follow_leave_the_other_losses_as_they_are(
     llama: LanguageModel, position: str

@@ -64,9 +64,18 @@ def model_card(
         ("dial of this model", dial.strength),
         ("seed", config.seed),
     ]
-    answers = "No answers were used in training, only parallel prompts."
-    if config.train.answer_weight and any(training.get("answers", {}).values()):
-        answers = "Answers in the target languages were learned too."
+    done = []
+    if config.train.align_weight:
+        done.append(f"the target languages are pulled towards {central} in the first")
+    if config.train.separate_weight:
+        done.append("the target languages are pushed along their own direction in the second")
+    if config.train.retain_weight:
+        done.append(f"{central} is held where it was")
+    answered = any(training.get("answers", {}).get(k) for k in config.languages)
+    if answered and config.train.answer_weight:
+        done.append("answers in the target languages are learned")
+    elif not answered:
+        done.append("no answers are used in training, only parallel prompts")
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
 ---
@@ -75,8 +84,7 @@ def model_card(
 
 This is `{base}` with its top decoder layers changed by PolyLens, an implementation of
 [*Lens*](https://arxiv.org/abs/2410.04407): the hidden states are probed for a language-agnostic
-and a language-specific subspace; the target languages are pulled towards {central} in the first and
-pushed along their own direction in the second; {central} is held where it was. {answers}
+and a language-specific subspace; {"; ".join(done)}.
 
 ## Results
 

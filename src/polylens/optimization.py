@@ -38,7 +38,7 @@ _DIVERGENCE_FACTOR = 10.0
 
 # A first loss below this is rounding, as when only the retain loss is on; states after the final
 # norm are of order 1 a dimension.
-_DIVERGENCE_FLOOR = 1e-3
+LEAST_LOSS = 1e-3
 
 # Checkpoints may cost this share of the time: a write that takes 1 s happens every 20 s.
 _CHECKPOINT_COST_RATIO = 0.05
@@ -66,6 +66,7 @@ def optimize(
     settings: OptimizerSettings,
     *,
     identity: Sequence[Any],
+    usual_loss: float = LEAST_LOSS,
     seed: int = 0,
     scratch: Scratch | None = None,
     roomy: bool = True,
@@ -81,6 +82,7 @@ def optimize(
         settings: see `OptimizerSettings`.
         identity: plain values; what makes two trainings the same one beside shapes and seed, so
             that one can go on from the other's checkpoint.
+        usual_loss: a batch may have such a loss however small the first one's was.
         seed: order of the rows.
         scratch: room for weights, gradients and moments; None takes memory without limit.
         roomy: memory is not short, so freed blocks may be kept for the next step.
@@ -113,7 +115,7 @@ def optimize(
             rows = rows_of_step(step, n_rows, settings.batch_size, seed)
             optimizer.zero_grad(set_to_none=False)
             loss, parts = objective.backward(rows)
-            _check(loss, log, step, saver)
+            _check(loss, log, step, usual_loss, saver)
             norm = torch.nn.utils.clip_grad_norm_(named.values(), settings.max_grad_norm)
             if not torch.isfinite(norm):
                 raise TrainingError(
@@ -223,13 +225,15 @@ def _optimizer(
     return optimizer
 
 
-def _check(loss: float, log: Sequence[Mapping[str, float]], step: int, saver: _Saver) -> None:
+def _check(
+    loss: float, log: Sequence[Mapping[str, float]], step: int, usual_loss: float, saver: _Saver
+) -> None:
     if not math.isfinite(loss):
         raise TrainingError(
             f"the loss must be finite, but is {loss} at step {step}; lower train.learning_rate or "
             f"the weights and strengths{saver.where()}"
         )
-    if log and loss > _DIVERGENCE_FACTOR * max(log[0]["loss"], _DIVERGENCE_FLOOR):
+    if log and loss > _DIVERGENCE_FACTOR * max(log[0]["loss"], usual_loss):
         raise TrainingError(
             f"the loss must fall, but grew from {log[0]['loss']:.4g} to {loss:.4g} by step {step}; "
             f"lower train.learning_rate or the weights and strengths{saver.where()}"

@@ -196,7 +196,7 @@ def train(
 
     Raises:
         ConfigError: the settings of a list differ in `max_tokens` or `max_answer_tokens`.
-        CorpusError: no usable row.
+        CorpusError: no usable row, or no answer where nothing else is learned.
         TrainingError: the loss is not finite or runs away.
     """
     several = settings if isinstance(settings, Sequence) else [settings or default_train_settings()]
@@ -269,7 +269,7 @@ def require_answers(settings: TrainSettings, prompts: ParallelPrompts, name: str
     if settings.answer_weight and not learns and not any(prompts.answers or ()):
         raise CorpusError(
             "training on answers alone must have answers in the target languages, but "
-            f"{name} has none; add them as docs/data.md says, or take preset default"
+            f"{name} has none; add them as docs/data.md says, or raise train.separate_weight"
         )
 
 
@@ -301,7 +301,7 @@ def train_prompts(
     trained = {language for row in prompts.rows for language in row}
     languages = [k for k in subspaces.languages if k != subspaces.central and k in trained]
     strengths: dict[str, float] = {}
-    if any(one.strength == "auto" for one in settings):
+    if any(one.strength == "auto" and one.separate_weight > 0 for one in settings):
         shortfall = measure_shortfall(
             model, prompts.without_answers(), subspaces.central, languages, progress=progress
         )

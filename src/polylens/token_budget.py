@@ -28,6 +28,10 @@ _COST_RATIO = 1 / 30
 # settings (8 rows in 7 languages) is about 4,000.
 _MAX_GRAPH_TOKENS = 4096
 
+# Rows of logits in memory at once, with their gradient: those of a whole step would be the largest
+# thing in memory.
+LOGIT_ROWS = 512
+
 # Length of a prompt while measuring: that of the corpora at hand.
 _SEQ_LEN = 64
 

@@ -1,8 +1,8 @@
 """Language subspace manipulation (LSM): train the crown on kept states.
 
 `train_crown` takes boundary states and reference states of parallel prompts (from one trunk pass),
-and gives back the change of each weight. No second model, no logits, no trunk: a step costs three
-times the crown's forward.
+and gives back the change of each weight. No second model, no trunk: a step costs three times the
+crown's forward, and the head where next tokens are retained or answers learned.
 
 Source: Zhao et al. 2024, Lens (arXiv 2410.04407), section 3.2.
 """
@@ -10,6 +10,7 @@ Source: Zhao et al. 2024, Lens (arXiv 2410.04407), section 3.2.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,16 @@ from polylens.hidden_states import HiddenStates
 from polylens.losses import AlignLoss, RetainDistributionLoss, RetainLoss, SeparateLoss
 from polylens.low_rank import LowRankCrown
 from polylens.models.structure import Calls, DecoderStructure
-from polylens.optimization import add_up_step, optimize
+from polylens.optimization import LEAST_LOSS, add_up_step, optimize
 from polylens.progress import Progress, silent
 from polylens.scratch import Scratch
 from polylens.subspaces import Subspaces
-from polylens.token_budget import best_graph_tokens, best_token_budget, groups_within
+from polylens.token_budget import (
+    LOGIT_ROWS,
+    best_graph_tokens,
+    best_token_budget,
+    groups_within,
+)
 
 
 @dataclass(frozen=True)
@@ -165,8 +171,7 @@ def train_crown(
     )
     graph_tokens = best_graph_tokens(structure, len(crown.layers), scratch.batch_bytes)
     objective = _Objective(subspaces, parallel, settings, crown, token_budget, graph_tokens)
-    reads_logits = objective.reads_logits
-    with structure.loaded_head() if reads_logits else contextlib.nullcontext():
+    with structure.loaded_head() if objective.reads_logits else contextlib.nullcontext():
         log = optimize(
             dict(crown.named_trainable()),
             objective,
@@ -178,6 +183,7 @@ def train_crown(
                 parallel.n_answer,
                 parallel.answers,
             ],
+            usual_loss=objective.usual_loss,
             seed=seed,
             scratch=scratch,
             roomy=structure.streaming is None,
@@ -214,11 +220,13 @@ class _Objective:
         assert settings.position != "answer" or parallel.n_answer is not None
         n_answer: Sequence[int] = parallel.n_answer or [1] * len(parallel.states.lengths)
         # The answers that are learned; none where the corpus has none.
-        self._answers = parallel.answers if settings.answer_weight > 0 else None
+        learned = settings.answer_weight > 0 and any(parallel.answers or ())
+        self._answers = parallel.answers if learned else None
         self._n_prompt = [
             length - n + 1
             for length, n in zip(parallel.states.lengths.tolist(), n_answer, strict=True)
         ]
+        self._compares = settings.align_weight > 0 or settings.separate_weight > 0
         # How many of a prompt's last tokens the losses of targets read; None: all of them.
         self._n_read = n_answer if settings.position in ("last", "answer") else None
         self._calls = Calls(structure, parallel.states.prefix_length)
@@ -241,6 +249,19 @@ class _Objective:
         retains = settings.retain_weight > 0 and settings.retain == "distribution"
         return retains or self._answers is not None
 
+    @property
+    def usual_loss(self) -> float:
+        """What a batch may lose though the first one lost next to nothing.
+
+        A first batch may have no answers; one that has them loses up to what a model loses that
+        knows nothing.
+        """
+        if self._answers is None:
+            return LEAST_LOSS
+        config = self._crown.structure_[0].causal_lm.config.get_text_config()
+        n_nats = math.log(config.vocab_size)
+        return self._settings.answer_weight * len(self._parallel.targets) * n_nats
+
     def backward(self, rows: Sequence[int]) -> tuple[float, dict[str, float]]:
         """Add the gradient of a step's loss to the crown's weights.
 
@@ -254,6 +275,8 @@ class _Objective:
         sums = torch.zeros(len(names), 2, dtype=torch.float64)  # sum over rows, and rows
         for group in groups_within(distributed.own(rows), self._n_tokens, self._graph_tokens):
             losses = self._losses(group)
+            if not losses:  # of rows without answers, where nothing else is learned
+                continue
             weighted = [
                 self._weight(name) * values.sum() / len(rows) for name, values in losses.items()
             ]
@@ -322,7 +345,7 @@ class _Objective:
             if not present:
                 continue
             indices = [row[language] for row in present]
-            targets = [self._read(now[index], index) for index in indices]
+            targets = [self._read(now[index], index) for index in indices if self._compares]
             if settings.align_weight > 0:
                 # Tokens of parallel rows do not correspond, so their means are compared.
                 goals = [self._read(now[row[central]], row[central]).mean(0) for row in present]
@@ -352,12 +375,13 @@ class _Objective:
         states = self._normed(torch.cat([now[prompt][-len(ids) :] for prompt, ids in pairs]))
         tokens = torch.tensor([one for ids in answers for one in ids], device=states.device)
 
-        def nats(states: Tensor) -> Tensor:
+        def nats(states: Tensor, tokens: Tensor) -> Tensor:
             logits = self._logits(states).float()
             return functional.cross_entropy(logits, tokens, reduction="none")
 
-        values: Tensor = checkpoint_activations(nats, states, use_reentrant=False)
-        return _mean_of_each(values, [*map(len, answers)])
+        pieces = zip(states.split(LOGIT_ROWS), tokens.split(LOGIT_ROWS), strict=True)
+        values = [checkpoint_activations(nats, *piece, use_reentrant=False) for piece in pieces]
+        return _mean_of_each(torch.cat(values), [*map(len, answers)])
 
     def _divergence(self, now: Tensor, prompt: int) -> Tensor:
         """Return how far the next tokens after each of a prompt's own are from the model's.
@@ -392,7 +416,7 @@ class _Objective:
         return structure.logits(states[None].to(structure.dtype))[0]
 
     def _states(self, rows: Sequence[Mapping[str, int]]) -> dict[int, dict[int, Tensor]]:
-        """Run the crown; return each prompt's states by layer, (n_tokens, hidden_size).
+        """Run the crown on what losses read; return its states by layer, (n_tokens, hidden_size).
 
         Where the losses read the last tokens alone, those are the only ones returned.
         """
@@ -403,7 +427,7 @@ class _Objective:
             for language, index in row.items():
                 if language == central and settings.retain_weight > 0:
                     whole.append(index)
-                elif language != central or settings.align_weight > 0:
+                elif settings.align_weight > 0 if language == central else self._is_read(index):
                     (whole if self._n_read is None else last).append(index)
         states = self._parallel.states
         *below, top = self._layers
@@ -432,6 +456,10 @@ class _Objective:
                                 own = torch.cat([of_prefix[layer], own])
                             result[layer][index] = own[-length:]
         return result
+
+    def _is_read(self, prompt: int) -> bool:
+        """Whether a loss reads a target language's prompt."""
+        return self._compares or (self._answers is not None and bool(self._answers[prompt]))
 
     def _final(self, states: Tensor) -> Tensor:
         """Apply the final norm if the losses read states after it."""

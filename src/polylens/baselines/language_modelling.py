@@ -30,12 +30,9 @@ from polylens.models.structure import Calls
 from polylens.optimization import add_up_step, optimize
 from polylens.progress import Progress, silent
 from polylens.scratch import Scratch
-from polylens.token_budget import best_graph_tokens, best_token_budget, groups_within
+from polylens.token_budget import LOGIT_ROWS, best_graph_tokens, best_token_budget, groups_within
 
 T = TypeVar("T")
-
-# Rows of logits in memory at a time, with their gradient.
-_LOGIT_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -274,8 +271,8 @@ class NextTokenObjective:
         """
         structure = self._crown.structure_[0]
         losses, gradients = [], []
-        pieces = final.detach().split(_LOGIT_ROWS)
-        for states, wanted in zip(pieces, tokens.split(_LOGIT_ROWS), strict=True):
+        pieces = final.detach().split(LOGIT_ROWS)
+        for states, wanted in zip(pieces, tokens.split(LOGIT_ROWS), strict=True):
             leaf = states.clone().requires_grad_()
             normed = self._crown.final_norm(leaf).to(structure.dtype)
             logits = structure.logits(normed[None])[0].float()  # (n, vocab_size)
