@@ -128,10 +128,8 @@ def test_a_lone_row_without_an_answer_is_an_error() -> None:
     with pytest.raises(CorpusError, match="en has one row and no answer; add rows or answers"):
         answered(ParallelCorpus("x", (ROWS[0],)), 6)
     both = {"en": {"one": "yes"}, "sw": {"moja": "ndiyo"}}
-    assert answered(ParallelCorpus("x", (ROWS[0],), answers=both), 6).n_answer == (
-        4,
-        6,
-    )  # with end of turn
+    # The end of turn is a token of the answer.
+    assert answered(ParallelCorpus("x", (ROWS[0],), answers=both), 6).n_answer == (4, 6)
 
 
 @pytest.mark.parametrize(

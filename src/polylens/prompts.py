@@ -320,8 +320,15 @@ def encode_parallel(
     parallel = ParallelPrompts(tuple(ids), tuple(rows), tuple(sources), n_truncated)
     if max_answer_tokens is None or not (stand_in or corpus.answers):
         return parallel
-    how = (prompt_format, tokenizer, max_answer_tokens)
-    return _with_answers(parallel, corpus, *how, central=central, stand_in=stand_in)
+    return _with_answers(
+        parallel,
+        corpus,
+        prompt_format,
+        tokenizer,
+        max_answer_tokens,
+        central=central,
+        stand_in=stand_in,
+    )
 
 
 def _with_answers(
@@ -350,6 +357,7 @@ def _with_answers(
             elif not stand_in:
                 continue
             elif other is not None:
+                # Where the other text ends, no answer does: there is no end of turn.
                 tokens = prompt_format.encode_beginning(tokenizer, other, max_tokens)
             else:
                 raise CorpusError(

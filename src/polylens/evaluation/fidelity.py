@@ -101,8 +101,9 @@ def is_repeating(answer: str) -> bool:
 def is_echo(prompt: str, answer: str) -> bool:
     """Whether an answer begins by repeating its question.
 
-    An echo is in the language of the question, and answers nothing. Only letters and digits are
-    compared. Of an answer that is shorter than its question, or was cut off, the whole counts.
+    An echo is in the language of the question, and may answer nothing; what follows it is not
+    judged. Only letters and digits are compared. Of an answer that is shorter than its question, or
+    was cut off, the whole counts.
 
     Example:
         >>> is_echo("What are the three primary colours?", "What are the three primary colours? I")
