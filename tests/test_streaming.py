@@ -74,7 +74,8 @@ def test_training_evaluation_and_the_saved_model_are_the_same(folder: Path, tmp_
         stored = {k: v.clone() for k, v in model.causal_lm.state_dict().items()}
         corpus = starter_corpus().limit(3)
         subspaces = probe(model, corpus.to_corpus(), languages=LANGUAGES)
-        delta = train(model, subspaces, corpus, settings=TrainSettings(epochs=2, max_tokens=512))
+        settings = TrainSettings(epochs=2, max_tokens=512, answer_weight=1.0)  # reads the head
+        delta = train(model, subspaces, corpus, settings=settings)
         found = evaluate(model, delta, corpus, languages=("sw",), max_new_tokens=2, max_tokens=512)
         save_model(model, delta, tmp_path / name)
         saved = load_model(tmp_path / name, dtype="float32").causal_lm.state_dict()
