@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from design import CENTRAL, LANGUAGES, SETTINGS
+from design import CENTRAL, LANGUAGES
 from polylens.artefacts import read_json
 from polylens.evaluation.statistics import PairedDifference, compare_paired
 from polylens.forecast import Signs
@@ -32,6 +32,7 @@ NAMES = {
     "gemma3-270m": "Gemma-3-270M",
     "qwen2.5-coder-1.5b-instruct": "Qwen2.5-Coder-1.5B-Instruct",
 }
+FORECAST = ("paper", "default")  # what `polylens doctor --forecast` speaks of
 MAIN = ("paper", "default", "answers", "sft", "sft-translations", "sft-lora", "pretraining")
 
 
@@ -282,9 +283,8 @@ def _change(measures: Sequence[Mapping[str, Any]], language: str) -> str:
 def blocks() -> dict[str, str]:
     """Everything that the page takes from the files."""
     found = {}
-    lens = [name for name in MAIN if name in SETTINGS and SETTINGS[name].method == "lens"]
-    if cases := forecast_cases(lens):
-        found["forecast"] = forecast_block(cases, lens)
+    if cases := forecast_cases(FORECAST):
+        found["forecast"] = forecast_block(cases, FORECAST)
     for model in NAMES:
         if steered := steering_table(model):
             found[f"{model} steering"] = steered

@@ -150,6 +150,16 @@ class TrainSettings(CrownSettings):
         reads = self.position == "answer" or self.answer_weight > 0
         return self.max_answer_tokens if reads else None
 
+    @property
+    def retains_distribution(self) -> bool:
+        """Whether next-token distributions of the central language are retained."""
+        return self.retain_weight > 0 and self.retain == "distribution"
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether a loss may need the head."""
+        return self.retains_distribution or self.answer_weight > 0
+
     @model_validator(mode="after")
     def _some_loss(self) -> TrainSettings:
         weights = ("align_weight", "separate_weight", "retain_weight", "answer_weight")

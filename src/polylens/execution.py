@@ -21,13 +21,11 @@ from polylens.models.loading import LanguageModel, choose_device, load_model
 from polylens.models.source import ModelFacts, describe, resolve
 from polylens.progress import Progress, silent
 from polylens.scratch import Scratch, default_memory
+from polylens.token_budget import LOGIT_ROWS
 from polylens.training import trained_layers
 
 # What torch, transformers and a tokenizer take before any weight is loaded, as measured on Linux.
 LIBRARIES_BYTES = 600_000_000
-
-# Rows of logits in memory at a time, and their log-softmax, float32.
-_LOGIT_ROWS = 512
 
 # Of the memory that may be used, what the activations of a batch may take; and as much again for
 # blocks that were freed and do not fit what is asked for next.
@@ -115,7 +113,8 @@ def plan_execution(
     batch = _batch_bytes(memory)
     layer = facts.n_layer_parameters // facts.n_layers
     weights = facts.n_parameters * dtype.itemsize
-    logits = 2 * 4 * _LOGIT_ROWS * facts.vocab_size if with_head else 0
+    # Logits and their log-softmax, float32.
+    logits = 2 * 4 * LOGIT_ROWS * facts.vocab_size if with_head else 0
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         needed = weights + 16 * layer * n_crown_layers + logits

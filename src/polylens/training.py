@@ -244,10 +244,8 @@ class _Objective:
 
     @property
     def reads_logits(self) -> bool:
-        """Whether a loss needs the head."""
-        settings = self._settings
-        retains = settings.retain_weight > 0 and settings.retain == "distribution"
-        return retains or self._answers is not None
+        """Whether a loss needs the head; one for answers does only where there are any."""
+        return self._settings.retains_distribution or self._answers is not None
 
     @property
     def usual_loss(self) -> float:

@@ -143,7 +143,9 @@ def _prepare(
     seed: int,
 ) -> dict[str, Any]:
     """Make the trunk pass, and return what the workers need to find its states."""
-    opened, execution = open_model(model, runtime, train=settings)
+    opened, execution = open_model(
+        model, runtime, train=settings, with_head=any(one.reads_logits for one in settings)
+    )
     languages = [k for k in subspaces.languages if k != subspaces.central]
     prompts = encode_shared(opened, corpus, (subspaces.central, *languages), settings, template)
     budget = runtime.token_budget or best_token_budget(

@@ -108,7 +108,7 @@ def test_batches_groups_and_logits_in_pieces_change_nothing(
 
     losses: list[float] = []
     at_once = gradients()
-    monkeypatch.setattr("polylens.baselines.language_modelling._LOGIT_ROWS", 5)
+    monkeypatch.setattr("polylens.baselines.language_modelling.LOGIT_ROWS", 5)
     in_pieces = gradients(token_budget=9, graph_tokens=12)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for one, other in zip(at_once, in_pieces, strict=True):

@@ -74,6 +74,7 @@ def train(
             runtime,
             revision=revision,
             train=[chosen],
+            with_head=chosen.reads_logits,
             progress=progress,
         )
         if not quiet:
