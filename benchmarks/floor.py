@@ -18,10 +18,11 @@ from polylens.hidden_states import Keep, collect_hidden_states, n_tokens_run
 from polylens.machine import keeping_freed_memory
 from polylens.models.loading import LanguageModel
 from polylens.models.source import describe
+from polylens.objective import ParallelStates
 from polylens.scratch import Scratch
 from polylens.subspaces import probe_subspaces
 from polylens.token_budget import best_token_budget
-from polylens.training import ParallelStates, train_crown
+from polylens.training import train_crown
 
 N_CANDIDATES = 4
 N_ALTERNATIONS = 3

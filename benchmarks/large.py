@@ -21,8 +21,9 @@ from polylens.execution import plan_execution
 from polylens.hidden_states import Keep, collect_hidden_states, n_tokens_run
 from polylens.memory import PeakMemory
 from polylens.models.source import describe, resolve
+from polylens.objective import ParallelStates
 from polylens.subspaces import probe_subspaces
-from polylens.training import ParallelStates, train_crown
+from polylens.training import train_crown
 
 MEMORY = 6 * 10**9
 CONFIG = LlamaConfig(

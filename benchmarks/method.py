@@ -16,8 +16,9 @@ import reference
 from common import LANGUAGES, Data, by_language, open_quietly, record, timed
 from polylens.config import PRESETS, TrainSettings
 from polylens.hidden_states import Keep, collect_hidden_states
+from polylens.objective import ParallelStates
 from polylens.subspaces import Subspaces, probe_subspaces
-from polylens.training import ParallelStates, train_crown
+from polylens.training import train_crown
 
 
 def run(name: str, data: Data) -> None:

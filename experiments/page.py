@@ -271,6 +271,38 @@ def steering_table(model: str) -> str | None:
     return "\n".join(lines)
 
 
+def search_table(model: str) -> str | None:
+    """What `polylens search` chose, beside the default settings; None where nothing was kept."""
+    paths = sorted((HERE / "results" / model / "search").glob("*.json"))
+    if not paths:
+        return None
+    lines = [
+        "| language | trials | settings | dial | gain on development rows, % | on report rows, % "
+        "| gate on report rows |",
+        f"|{'-|' * 7}",
+    ]
+    for path in paths:
+        content = read_json(path)
+        usual = content["default"]["settings"]
+        for name in ("default", "best"):
+            one = content[name]
+            changed = [f"{k}={v}" for k, v in one["settings"].items() if v != usual[k]]
+            cells = [
+                path.stem,
+                str(content["n_trials"]),
+                ", ".join(changed) or "default",
+                f"{one['development']['strength']:g}",
+                *(_gain(one[rows]["gain"]) for rows in ("development", "report")),
+                "holds" if one["report"]["holds"] else "fails",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _gain(gain: Mapping[str, float]) -> str:
+    return f"{gain['value']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f})"
+
+
 def _change(measures: Sequence[Mapping[str, Any]], language: str) -> str:
     """Bits per byte of texts against the untouched model's."""
     for one in measures:
@@ -288,6 +320,8 @@ def blocks() -> dict[str, str]:
     for model in NAMES:
         if steered := steering_table(model):
             found[f"{model} steering"] = steered
+        if searched := search_table(model):
+            found[f"{model} search"] = searched
         for split in ("report", "development"):
             sides = read(model, split)
             if "base" not in sides:

@@ -142,7 +142,7 @@ def _lens(
         template=style.name,
     )
     settings = [TrainSettings(**SETTINGS[name].settings) for name in names]
-    prompts = encode_shared(model, rows, languages, settings, "auto")
+    prompts = encode_shared(model.tokenizer, style, rows, languages, settings)
     if any(one.strength == "auto" for one in settings):
         path = folder / f"shortfall-{len(rows.rows)}.json"  # the same for every seed
         if not path.exists():

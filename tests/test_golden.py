@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from polylens.config import PRESETS, TrainSettings
 from polylens.hidden_states import Keep, collect_hidden_states
 from polylens.models import load_model
+from polylens.objective import ParallelStates
 from polylens.prompts import PromptFormat
 from polylens.subspaces import Subspaces, decompose
-from polylens.training import ParallelStates, TrainingResult, train_crown
+from polylens.training import TrainingResult, train_crown
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 SUBSPACES = SHARED / "golden" / "lsp_reference_smollm2.safetensors"

@@ -13,8 +13,9 @@ import torch
 from polylens.config import PRESETS, TrainSettings
 from polylens.hidden_states import Keep, collect_hidden_states
 from polylens.models.loading import LanguageModel, wrap_model
+from polylens.objective import ParallelStates
 from polylens.subspaces import Subspaces, probe_subspaces
-from polylens.training import ParallelStates, train_crown
+from polylens.training import train_crown
 from tiny import N_LAYERS, build, tiny_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -16,9 +16,9 @@ from polylens.crown import CrownDelta
 from polylens.errors import ConfigError, TrainingError
 from polylens.hidden_states import Keep, collect_hidden_states
 from polylens.models.loading import LanguageModel, wrap_model
+from polylens.objective import ParallelStates
 from polylens.subspaces import Subspaces, probe_subspaces
 from polylens.training import (
-    ParallelStates,
     TrainingResult,
     boundary_layers,
     state_layers,
@@ -71,7 +71,7 @@ def setting(
 
 
 def with_answers(parallel: ParallelStates) -> ParallelStates:
-    """Give two prompts in three an answer of its own: its last tokens, and one more."""
+    """Give two prompts in three an answer: their own last tokens, and one more."""
     ids, _ = prompts()
     assert parallel.n_answer is not None
     answers = tuple(

@@ -2,7 +2,7 @@
 
 `optimize` takes an `Objective`, which adds up gradients for the rows of a step, and does the rest:
 order of the rows, schedule, clipping, checkpoints, a stop when the loss runs away. Weights,
-gradients and moments may lie in files. Losses are the business of `polylens.training`.
+gradients and moments may lie in files. Losses are the business of `polylens.objective`.
 """
 
 from __future__ import annotations

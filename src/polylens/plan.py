@@ -31,7 +31,7 @@ from polylens.prompts import (
     encode_parallel,
     encode_texts,
 )
-from polylens.steps import require_answers
+from polylens.steps import encode_shared
 from polylens.subspaces import check_layers, check_rank
 from polylens.training import boundary_layers, state_layers, trained_layers
 
@@ -133,16 +133,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
     probing = encode_texts(
         probing_corpus, languages, prompt_format, tokenizer, config.probe.max_tokens
     )
-    training = encode_parallel(
-        training_corpus,
-        languages,
-        prompt_format,
-        tokenizer,
-        config.train.max_tokens,
-        config.train.answer_tokens,
-        stand_in=config.train.position == "answer",
-    )
-    require_answers(config.train, training, training_corpus.name)
+    training = encode_shared(tokenizer, prompt_format, training_corpus, languages, [config.train])
     heldout = Heldout(
         heldout_corpus,
         encode_parallel(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from polylens.config import PRESETS, ProbeSettings, TrainSettings
 from polylens.corpora import Corpus, ParallelCorpus
@@ -18,9 +18,11 @@ from polylens.errors import ConfigError, CorpusError
 from polylens.hidden_states import HiddenStates, Keep
 from polylens.journal import versions
 from polylens.models.loading import LanguageModel
+from polylens.objective import ParallelStates
 from polylens.progress import Progress, silent
 from polylens.prompts import (
     ParallelPrompts,
+    PromptFormat,
     Prompts,
     choose_format,
     encode_parallel,
@@ -30,7 +32,7 @@ from polylens.scratch import Scratch
 from polylens.shortfall import measure_shortfall, strengths_of
 from polylens.states_cache import Collect, cached_hidden_states, fresh_hidden_states
 from polylens.subspaces import Subspaces, check_probe, probe_subspaces
-from polylens.training import ParallelStates, boundary_layers, train_crown, trained_layers
+from polylens.training import boundary_layers, train_crown, trained_layers
 
 
 def probe(
@@ -201,7 +203,13 @@ def train(
     """
     several = settings if isinstance(settings, Sequence) else [settings or default_train_settings()]
     targets = languages or [k for k in subspaces.languages if k != subspaces.central]
-    prompts = encode_shared(model, corpus, (subspaces.central, *targets), several, template)
+    prompts = encode_shared(
+        model.tokenizer,
+        choose_format(model.tokenizer, template),
+        corpus,
+        (subspaces.central, *targets),
+        several,
+    )
     deltas = list(
         train_prompts(
             model,
@@ -225,11 +233,11 @@ def default_train_settings() -> TrainSettings:
 
 
 def encode_shared(
-    model: LanguageModel,
+    tokenizer: Any,
+    prompt_format: PromptFormat,
     corpus: ParallelCorpus,
     languages: Sequence[str],
     settings: Sequence[TrainSettings],
-    template: str,
 ) -> ParallelPrompts:
     """Tokenise parallel rows for all of some settings; answers follow where one reads them.
 
@@ -248,18 +256,18 @@ def encode_shared(
     prompts = encode_parallel(
         corpus,
         languages,
-        choose_format(model.tokenizer, template),
-        model.tokenizer,
+        prompt_format,
+        tokenizer,
         settings[0].max_tokens,
         next(answers, None),
         stand_in=any(one.position == "answer" for one in settings),
     )
     for one in settings:
-        require_answers(one, prompts, corpus.name)
+        _require_answers(one, prompts, corpus.name)
     return prompts
 
 
-def require_answers(settings: TrainSettings, prompts: ParallelPrompts, name: str) -> None:
+def _require_answers(settings: TrainSettings, prompts: ParallelPrompts, name: str) -> None:
     """Check that target languages have something to learn from.
 
     Raises:

@@ -21,7 +21,7 @@ from polylens.errors import CorruptFileError, DistributedError, MissingExtraErro
 from polylens.execution import open_model
 from polylens.models.loading import load_model
 from polylens.progress import Progress, silent
-from polylens.prompts import ParallelPrompts
+from polylens.prompts import ParallelPrompts, choose_format
 from polylens.steps import (
     boundaries_of,
     encode_shared,
@@ -147,7 +147,13 @@ def _prepare(
         model, runtime, train=settings, with_head=any(one.reads_logits for one in settings)
     )
     languages = [k for k in subspaces.languages if k != subspaces.central]
-    prompts = encode_shared(opened, corpus, (subspaces.central, *languages), settings, template)
+    prompts = encode_shared(
+        opened.tokenizer,
+        choose_format(opened.tokenizer, template),
+        corpus,
+        (subspaces.central, *languages),
+        settings,
+    )
     budget = runtime.token_budget or best_token_budget(
         opened.structure, prompts.n_tokens, execution.scratch().batch_bytes
     )

@@ -55,7 +55,7 @@ def read_examples(
     if len(parallel.languages) < 2:
         raise _no_examples(answered.name)
     parallel = parallel.select((central, *(k for k in languages if k != central)))
-    return translations(parallel.split(0)[0] if parallel.n_heldout else parallel, central)
+    return translations(parallel, central)
 
 
 def _no_examples(name: str) -> CorpusError:
