@@ -21,7 +21,8 @@ import numpy as np
 
 from design import CENTRAL, LANGUAGES
 from polylens.artefacts import read_json
-from polylens.evaluation.statistics import PairedDifference, compare_paired
+from polylens.config import GateSettings
+from polylens.evaluation.statistics import PairedDifference, compare_paired, non_inferior
 from polylens.forecast import Signs
 from prediction import Case, Gains, forecast_block
 
@@ -35,7 +36,17 @@ NAMES = {
 FORECAST = ("paper", "default")  # what `polylens doctor --forecast` speaks of
 # The search's settings for one language, trained on seven, beside what needs no search.
 SEARCHED = ("default", "searched", "searched-half", "answers")
-MAIN = ("paper", "default", "answers", "sft", "sft-translations", "sft-lora", "pretraining")
+MAIN = (
+    "paper",
+    "default",
+    "default-quarter",
+    "answers",
+    "answers-quarter",
+    "sft",
+    "sft-translations",
+    "sft-lora",
+    "pretraining",
+)
 
 
 @dataclass(frozen=True)
@@ -157,16 +168,36 @@ def table(sides: Mapping[str, Side], chosen: Sequence[str], languages: Sequence[
     """One row a setting, one column a figure that was measured."""
     base = sides["base"]
     columns = [one for one in COLUMNS if one.of(languages, base)]
-    head = ["setting", "seeds", *(one.title for one in columns)]
+    is_gated = CENTRAL in languages
+    head = ["setting", "seeds", *(one.title for one in columns), *["gate"] * is_gated]
     lines = [f"| {' | '.join(head)} |", f"|{'-|' * len(head)}"]
     for name in ("base", *chosen):
         if name not in sides:
             continue
         side = sides[name]
         cells = [one.cell(base, side, languages) for one in columns]
+        if is_gated:
+            cells.append(gate(base, side) if side is not base else "")
         seeds = "" if name == "base" else str(len(side.contents))
         lines.append(f"| {' | '.join([name, seeds, *cells])} |")
     return "\n".join(lines)
+
+
+def gate(base: Side, side: Side) -> str:
+    """Whether harm to English texts beyond the gate's margin is ruled out, as `enhance` asks."""
+    names = TEXTS.of([CENTRAL], base)
+    before, after = base.rows(names), side.rows(names)
+    if before is None or after is None:
+        return ""
+    mean, settings = before.mean(), GateSettings()
+    verdict = non_inferior(
+        list(before / mean),
+        list(after / mean),
+        settings.text_margin,
+        higher_is_better=False,
+        level=settings.level,
+    )
+    return "holds" if verdict.holds else "fails"
 
 
 def languages_table(
