@@ -22,7 +22,9 @@ import numpy as np
 from design import CENTRAL, LANGUAGES
 from polylens.artefacts import read_json
 from polylens.config import GateSettings
-from polylens.evaluation.statistics import PairedDifference, compare_paired, non_inferior
+from polylens.evaluation.gate import check_gate
+from polylens.evaluation.measures import Example, Task
+from polylens.evaluation.statistics import PairedDifference, compare_paired
 from polylens.forecast import Signs
 from prediction import Case, Gains, forecast_block
 
@@ -189,15 +191,15 @@ def gate(base: Side, side: Side) -> str:
     before, after = base.rows(names), side.rows(names)
     if before is None or after is None:
         return ""
-    mean, settings = before.mean(), GateSettings()
-    verdict = non_inferior(
-        list(before / mean),
-        list(after / mean),
-        settings.text_margin,
-        higher_is_better=False,
-        level=settings.level,
-    )
+    task = Task(names[0], CENTRAL, "text", _metric(base, names), False)
+    pair = (task, _examples(before), _examples(after))
+    verdict = check_gate([pair], [CENTRAL], GateSettings())
+    assert verdict is not None
     return "holds" if verdict.holds else "fails"
+
+
+def _examples(values: np.ndarray) -> list[Example]:
+    return [Example(str(row), float(value)) for row, value in enumerate(values)]
 
 
 def languages_table(
@@ -211,7 +213,7 @@ def languages_table(
     ]
     for column in columns:
         for name in ("base", *chosen):
-            if name in sides and any(column.of(languages, sides[name])):
+            if name in sides and column.of(languages, sides[name]):
                 cells = [
                     column.cell(sides["base"], sides[name], [one], with_interval=False)
                     for one in languages
