@@ -104,9 +104,9 @@ def make_deltas(
     of_lens = [name for name in left if SETTINGS[name].method == "lens"]
     while of_lens:
         first = SETTINGS[of_lens[0]]
-        chosen = [n for n in of_lens if _has_probe_of(SETTINGS[n], first)]
+        chosen = [n for n in of_lens if _share(SETTINGS[n], first)]
         of_lens = [n for n in of_lens if n not in chosen]
-        trained = _lens(model, folder, chosen, first.rows, first.probe, seed)
+        trained = _lens(model, folder, chosen, seed)
         for name, delta in zip(chosen, trained, strict=True):
             _save(delta, paths[name])
     return {
@@ -114,8 +114,13 @@ def make_deltas(
     }
 
 
-def _has_probe_of(one: Setting, other: Setting) -> bool:
-    return (one.rows, one.probe) == (other.rows, other.probe)
+def _share(one: Setting, other: Setting) -> bool:
+    """Whether two settings of Lens train from the same states."""
+    mine, theirs = (
+        (each.rows, each.probe, each.answered, TrainSettings(**each.settings).max_answer_tokens)
+        for each in (one, other)
+    )
+    return mine == theirs
 
 
 def _digest(setting: Setting) -> str:
@@ -132,16 +137,15 @@ def _lens(
     model: LanguageModel,
     folder: Path,
     names: Sequence[str],
-    n_rows: int | None,
-    probe: Mapping[str, Any],
     seed: int,
 ) -> Iterator[CrownDelta]:
-    """Train settings of Lens that have rows and subspaces in common, from one trunk pass."""
-    rows = training_rows()
-    rows = dataclasses.replace(rows, rows=rows.rows[:n_rows])
+    """Train settings of Lens that `_share` states, from one trunk pass."""
+    first, rows = SETTINGS[names[0]], training_rows()
+    kept = rows.answers if first.answered is None else {k: rows.answers[k] for k in first.answered}
+    rows = dataclasses.replace(rows, rows=rows.rows[: first.rows], answers=kept)
     languages = (CENTRAL, *LANGUAGES)
     texts, style = rows.to_corpus(), choose_format(model.tokenizer, "auto")
-    probe_settings = ProbeSettings(**probe)
+    probe_settings = ProbeSettings(**first.probe)
     subspaces = probe_prompts(
         model,
         encode_texts(texts, languages, style, model.tokenizer, probe_settings.max_tokens),

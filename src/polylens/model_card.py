@@ -73,7 +73,7 @@ def model_card(
         done.append(f"{central} is held where it was")
     answered = any(training.get("answers", {}).get(k) for k in config.languages)
     if answered and config.train.answer_weight:
-        done.append("answers in the target languages are learned")
+        done.append("the corpus's answers are learned")
     elif not answered:
         done.append("no answers are used in training, only parallel prompts")
     return f"""---
