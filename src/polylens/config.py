@@ -213,7 +213,7 @@ class EvaluateSettings(Settings):
 
 
 class GateSettings(Settings):
-    """When the central language counts as unharmed."""
+    """When languages count as unharmed: the central one, and the texts of the targets."""
 
     margin: float = Field(
         0.01, gt=0, lt=1, description="Largest loss of accuracy that is tolerated; 0.01 is a point."
@@ -225,6 +225,9 @@ class GateSettings(Settings):
     )
     level: float = Field(
         0.95, gt=0.5, lt=1, description="Confidence with which a larger loss is to be ruled out."
+    )
+    targets: bool = Field(
+        True, description="Protect the texts of the target languages as well."
     )
     watched: bool = Field(
         False, description="Protect the languages of evaluate.extra_languages as well."

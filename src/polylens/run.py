@@ -394,7 +394,13 @@ class _Run:
             for run in part
         ]
         watched = evaluate.extra_languages if self.config.gate.watched else ()
-        dial = turn_dial(runs, strengths, (self.config.central, *watched), self.config.gate)
+        dial = turn_dial(
+            runs,
+            strengths,
+            (self.config.central, *watched),
+            self.config.gate,
+            texts_of=self.config.languages if self.config.gate.targets else (),
+        )
         if not distributed.is_first():
             return
         chosen = strengths.index(dial.strength) + 1

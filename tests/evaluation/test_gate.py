@@ -88,6 +88,24 @@ def test_what_is_not_the_gates_to_judge(protocol: Protocol) -> None:
     assert not verdict.holds
 
 
+def test_of_targets_only_the_texts_are_to_hold() -> None:
+    """English may gain while a target breaks; a target's benchmark is there to show a gain."""
+    texts = Task("bits_per_byte_sw", "sw", "text", "bits_per_byte", higher_is_better=False)
+    before, after = make(np.linspace(2, 3, 40)), make(np.linspace(2, 3, 40) * 1.02)
+    pairs = [(BITS, after, before), (SWAHILI, SAME, WRECK), (texts, before, after)]
+    alone = check_gate(pairs, ["en"], GateSettings())
+    verdict = check_gate(pairs, ["en"], GateSettings(), texts_of=["sw"])
+    assert alone is not None
+    assert verdict is not None
+    assert alone.holds
+    assert verdict.sentence().startswith("Gate fails. Swahili, bits per byte: -2.00 %")
+    assert [check.protocol for check in verdict.checks] == ["text", "text"]
+    unchanged = [(BITS, before, before), (SWAHILI, SAME, WRECK), (texts, before, before)]
+    verdict = check_gate(unchanged, ["en"], GateSettings(), texts_of=["sw"])
+    assert verdict is not None
+    assert verdict.sentence().endswith("allowed is 1; it holds for Swahili, too.")
+
+
 def dial(*n_wrong: int) -> Dial:
     """Turn the dial where each strength costs so many of 500 right answers."""
     before = make([1] * 500)

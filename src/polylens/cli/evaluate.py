@@ -100,8 +100,8 @@ def evaluate(
     """Measure a model, or one against another: benchmarks, fidelity, bits per byte, retrieval.
 
     Every figure has its 95 % interval. With a base, differences are paired, and the gate tells
-    whether the central language was harmed: exit code 3 if harm cannot be ruled out. Run the same
-    command again to go on after an interruption.
+    whether the central language, or a text of another, was harmed: exit code 3 if harm cannot be
+    ruled out. Run the same command again to go on after an interruption.
 
     **Examples**
 
@@ -156,7 +156,9 @@ def evaluate(
         for side, card in zip(sides[1:], cards[1:], strict=True)
     }
     verdicts = {
-        side.label: check_gate(pairs_of(cards[0], card), [protocol.central], settings)
+        side.label: check_gate(
+            pairs_of(cards[0], card), [protocol.central], settings, texts_of=protocol.languages
+        )
         for side, card in zip(sides[1:], cards[1:], strict=True)
     }
     strengths = {side.label: side.strength for side in sides[1:]}

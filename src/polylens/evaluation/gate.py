@@ -1,4 +1,4 @@
-"""The gate: was the central language harmed? And the dial: how far can one go without harm?
+"""The gate: was a language harmed? And the dial: how far can one go without harm?
 
 A loss beyond the margin has to be ruled out, at 95 %, one-sided: a sample too small to tell fails.
 Tasks that are right or wrong are pooled within a protocol (continuations, chat), since few have the
@@ -83,9 +83,14 @@ class Verdict:
         return all(check.result.holds for check in self.checks)
 
     def sentence(self) -> str:
-        """Say the outcome, and what failed."""
+        """Say the outcome: of the first language in full, and what failed."""
         if self.holds:
-            return "Gate holds. " + "; ".join(check.sentence() for check in self.checks) + "."
+            first = self.checks[0].language
+            own = [check.sentence() for check in self.checks if check.language == first]
+            others = dict.fromkeys(c.language for c in self.checks if c.language != first)
+            if others:
+                own.append(f"it holds for {', '.join(map(language_name, others))}, too")
+            return f"Gate holds. {'; '.join(own)}."
         failed = [check.sentence() for check in self.checks if not check.result.holds]
         return "Gate fails. " + "; ".join(failed) + "."
 
@@ -103,6 +108,8 @@ def check_gate(
     pairs: Sequence[tuple[Task, Sequence[Example], Sequence[Example]]],
     languages: Sequence[str],
     settings: GateSettings,
+    *,
+    texts_of: Sequence[str] = (),
 ) -> Verdict | None:
     """Check that languages were not harmed.
 
@@ -110,14 +117,16 @@ def check_gate(
         pairs: tasks with their examples before and after.
         languages: to protect.
         settings: margins.
+        texts_of: languages of which only the bits per byte are to hold: their benchmarks are there
+            to show a gain, and one large enough for that need not rule out a loss of a point.
 
     Returns:
         The verdict; None where there is nothing to tell by.
     """
     checks = []
-    for language in languages:
+    for language in (*languages, *texts_of):
         own = [pair for pair in pairs if pair[0].language == language]
-        for protocol in ("continuation", "chat"):
+        for protocol in ("continuation", "chat") if language in languages else ():
             chosen = [p for p in own if p[0].protocol == protocol and _is_right_or_wrong(p)]
             if chosen:
                 before = [one.value for _, old, _ in chosen for one in old]
@@ -250,6 +259,8 @@ def turn_dial(
     strengths: Sequence[float],
     languages: Sequence[str],
     settings: GateSettings,
+    *,
+    texts_of: Sequence[str] = (),
 ) -> Dial:
     """Choose the strength.
 
@@ -261,12 +272,13 @@ def turn_dial(
         strengths: rising, above 0.
         languages: to protect.
         settings: margins.
+        texts_of: languages of which only the bits per byte are to hold.
     """
     verdicts: dict[float, Verdict | None] = {}
     measures: dict[float, tuple[Measure, ...]] = {}
     for number, strength in enumerate(strengths, start=1):
         pairs = [(run.task, run.examples[0], run.examples[number]) for run in runs]
-        verdicts[strength] = check_gate(pairs, languages, settings)
+        verdicts[strength] = check_gate(pairs, languages, settings, texts_of=texts_of)
         measures[strength] = tuple(compare_runs(pairs))
     chosen = None
     for strength, verdict in verdicts.items():
