@@ -226,9 +226,7 @@ class GateSettings(Settings):
     level: float = Field(
         0.95, gt=0.5, lt=1, description="Confidence with which a larger loss is to be ruled out."
     )
-    targets: bool = Field(
-        True, description="Protect the texts of the target languages as well."
-    )
+    targets: bool = Field(True, description="Protect the texts of the target languages as well.")
     watched: bool = Field(
         False, description="Protect the languages of evaluate.extra_languages as well."
     )
