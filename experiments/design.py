@@ -37,7 +37,6 @@ class Setting:
         rows: training rows; None takes all.
         probe: settings of the subspaces that differ from their defaults.
         dial: strength at which the change is measured.
-        answered: languages whose answers are there to be learned; None takes all.
     """
 
     method: Method = "lens"
@@ -45,7 +44,6 @@ class Setting:
     rows: int | None = None
     probe: dict[str, Any] = field(default_factory=dict)
     dial: float = 1.0
-    answered: tuple[str, ...] | None = None
 
 
 # The published mathematics and weights; on the starter corpus's rows, so that methods differ alone.
@@ -61,13 +59,6 @@ _FASTER = {"learning_rate": 1e-4, "epochs": 3}
 _KL = {**_FASTER, "retain": "distribution"}
 _AUTO = {**_KL, "strength": "auto"}
 
-_ANSWERS_BESIDE = {
-    "strength": "auto",
-    "answer_weight": 1.0,
-    "max_answer_tokens": 64,
-    "batch_size": 2,
-}
-_BY_WIDTH = {"learning_rate": 3.75e-5}
 
 # What the search on Swahili found (experiments/results/smollm2-135m-instruct/search/sw.json).
 _SEARCHED = {
@@ -111,30 +102,15 @@ SETTINGS: dict[str, Setting] = {
     "complement": Setting("lens", {**_PAPER, **_AUTO}, probe={"agnostic": "complement"}),
     "searched": Setting("lens", _SEARCHED, dial=0.25),
     "searched-half": Setting("lens", _SEARCHED, dial=0.5),
-    # The presets' learning rate by the width of their states, 576 of SmolLM2 and 1536 of Qwen.
-    "default-by-width": Setting("lens", {**PRESETS["default"]["train"], **_BY_WIDTH}),
-    "default-by-width-half": Setting(
-        "lens", {**PRESETS["default"]["train"], **_BY_WIDTH}, dial=0.5
-    ),
-    "answers-by-width": Setting("lens", {**PRESETS["answers"]["train"], **_BY_WIDTH}),
-    "answers-by-width-half": Setting(
-        "lens", {**PRESETS["answers"]["train"], **_BY_WIDTH}, dial=0.5
-    ),
     "sft": Setting("sft"),
     "sft-translations": Setting("sft-translations"),
     "sft-replay": Setting("sft", {"replay_ratio": 0.5}),
     "answers": Setting("lens", PRESETS["answers"]["train"]),
     "answers-half": Setting("lens", PRESETS["answers"]["train"], dial=0.5),
     "answers-quarter": Setting("lens", PRESETS["answers"]["train"], dial=0.25),
-    # What the preset was before: the answers of the target languages alone, English retained.
-    "answers-targets": Setting("lens", PRESETS["answers"]["train"], answered=LANGUAGES),
-    "answers-targets-half": Setting(
-        "lens", PRESETS["answers"]["train"], dial=0.5, answered=LANGUAGES
+    "answers-lens": lens(
+        **_FASTER, strength="auto", answer_weight=1.0, max_answer_tokens=64, batch_size=2
     ),
-    "answers-targets-quarter": Setting(
-        "lens", PRESETS["answers"]["train"], dial=0.25, answered=LANGUAGES
-    ),
-    "answers-lens": Setting("lens", {**_PAPER, **_FASTER, **_ANSWERS_BESIDE}, answered=LANGUAGES),
     "sft-lora": Setting("sft-lora"),
     "sft-lora-replay": Setting("sft-lora", {"replay_ratio": 0.5}),
     "pretraining": Setting("pretraining"),

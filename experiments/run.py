@@ -117,7 +117,7 @@ def make_deltas(
 def _share(one: Setting, other: Setting) -> bool:
     """Whether two settings of Lens train from the same states."""
     mine, theirs = (
-        (each.rows, each.probe, each.answered, TrainSettings(**each.settings).max_answer_tokens)
+        (each.rows, each.probe, TrainSettings(**each.settings).max_answer_tokens)
         for each in (one, other)
     )
     return mine == theirs
@@ -141,8 +141,7 @@ def _lens(
 ) -> Iterator[CrownDelta]:
     """Train settings of Lens that `_share` states, from one trunk pass."""
     first, rows = SETTINGS[names[0]], training_rows()
-    kept = rows.answers if first.answered is None else {k: rows.answers[k] for k in first.answered}
-    rows = dataclasses.replace(rows, rows=rows.rows[: first.rows], answers=kept)
+    rows = dataclasses.replace(rows, rows=rows.rows[: first.rows])
     languages = (CENTRAL, *LANGUAGES)
     texts, style = rows.to_corpus(), choose_format(model.tokenizer, "auto")
     probe_settings = ProbeSettings(**first.probe)

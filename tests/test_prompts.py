@@ -97,15 +97,14 @@ def test_answers_follow_prompts_and_their_states_predict_them() -> None:
     assert prompts.without_answers() == alone
 
 
-def test_answers_that_are_learned_are_a_prompts_own() -> None:
+def test_answers_that_are_learned_are_the_targets_own() -> None:
     tokenizer = tiny_tokenizer()
-    both = {"en": {"two": "yes"}, "sw": {"moja": "ndiyo"}}
+    both = {"en": {"one": "yes"}, "sw": {"moja": "ndiyo"}}
     corpus = ParallelCorpus("x", tuple(ROWS), answers=both)
     prompts = answered(corpus, 9, stand_in=False)
     assert prompts.answers is not None
-    expected = ["", "ndiyo<|im_end|>", "yes<|im_end|>", ""]
-    assert [tokenizer.decode(one) for one in prompts.answers] == expected
-    assert prompts.n_answer == (1, len(prompts.answers[1]), len(prompts.answers[2]), 1)
+    assert [tokenizer.decode(one) for one in prompts.answers] == ["", "ndiyo<|im_end|>", "", ""]
+    assert prompts.n_answer == (1, len(prompts.answers[1]), 1, 1)
     assert prompts.ids[1][-5:] == prompts.answers[1][:-1]
     assert prompts.without_answers() == answered(corpus, None)
     assert answered(ParallelCorpus("x", tuple(ROWS)), 9, stand_in=False).answers is None

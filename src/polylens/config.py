@@ -126,8 +126,8 @@ class TrainSettings(CrownSettings):
     )
     answer_weight: Weight = Field(
         0.0,
-        description="Weight of the answers' own next tokens in the target languages and the "
-        "central one (supervised fine-tuning), where the corpus has answers.",
+        description="Weight of the answers' own next tokens in the target languages (supervised "
+        "fine-tuning), where the corpus has answers.",
     )
     update_rank: PositiveInt | None = Field(
         None,

@@ -75,7 +75,7 @@ class Signs:
             `polylens.evaluation.replies`.
         n_answers: prompts that were answered.
         fidelity: share of the answers that are in the language.
-        repeating: share of the answers that mostly repeat themselves.
+        repeating: share of the answers that repeat themselves.
     """
 
     n_texts: int

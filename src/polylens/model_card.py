@@ -73,7 +73,7 @@ def model_card(
         done.append(f"{central} is held where it was")
     answered = any(training.get("answers", {}).get(k) for k in config.languages)
     if answered and config.train.answer_weight:
-        done.append("the corpus's answers are learned")
+        done.append("answers in the target languages are learned")
     elif not answered:
         done.append("no answers are used in training, only parallel prompts")
     return f"""---
@@ -95,8 +95,8 @@ and a language-specific subspace; {"; ".join(done)}.
 Held-out prompts: {heldout["rows"]} rows of `{heldout["name"]}`. Answers are greedy, at most
 {evaluation.max_new_tokens} tokens, and count as in the language when py3langid, limited to the
 languages of the table, says so. An answer is repeating when more than half of its 4-grams occurred
-before in it, and echoing when it begins by repeating the question. Bits per byte
-are over the held-out texts; lower is better. The change of states is ‖h - h°‖ / ‖h°‖ of the mean
+before in it, or it ends with the same words three times in a row, and echoing when it begins by
+repeating the question. Bits per byte are over the held-out texts; lower is better. The change of states is ‖h - h°‖ / ‖h°‖ of the mean
 state after the final norm.
 
 Not measured here: benchmarks, the quality of the answers, safety, and languages outside the table.

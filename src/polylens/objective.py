@@ -119,7 +119,7 @@ class LensObjective:
             return LEAST_LOSS
         config = self._crown.structure_[0].causal_lm.config.get_text_config()
         n_nats = math.log(config.vocab_size)
-        return self._settings.answer_weight * (1 + len(self._parallel.targets)) * n_nats
+        return self._settings.answer_weight * len(self._parallel.targets) * n_nats
 
     def backward(self, rows: Sequence[int]) -> tuple[float, dict[str, float]]:
         """Add the gradient of a step's loss to the crown's weights.
@@ -158,8 +158,7 @@ class LensObjective:
         for language in self._parallel.targets:
             names += [f"align.{language}"] if settings.align_weight > 0 else []
             names += [f"separate.{language}"] if settings.separate_weight > 0 else []
-        if self._answers is not None:
-            names += [f"answer.{k}" for k in (self._parallel.central, *self._parallel.targets)]
+            names += [f"answer.{language}"] if self._answers is not None else []
         return names
 
     def _weight(self, name: str) -> float:
@@ -216,10 +215,9 @@ class LensObjective:
                 loss = self._separate[language, layer]
                 values = loss(torch.cat(targets), torch.cat(before))
                 result[f"separate.{language}"] = _mean_of_each(values, [*map(len, targets)])
-        if self._answers is not None and layer == self._layers[-1]:
-            for language in (central, *self._parallel.targets):
-                own = [row[language] for row in of_row if language in row]
-                if answered := [prompt for prompt in own if self._answers[prompt]]:
+            if self._answers is not None and layer == self._layers[-1]:
+                answered = [row[language] for row in present if self._answers[row[language]]]
+                if answered:
                     result[f"answer.{language}"] = self._nats(now, answered)
         return result
 
@@ -288,7 +286,7 @@ class LensObjective:
             for language, index in row.items():
                 if language == central and settings.retain_weight > 0:
                     whole.append(index)
-                elif self._is_read(language, index):
+                elif settings.align_weight > 0 if language == central else self._is_read(index):
                     (whole if self._n_read is None else last).append(index)
         states = self._parallel.states
         *below, top = self._layers
@@ -318,11 +316,9 @@ class LensObjective:
                             result[layer][index] = own[-length:]
         return result
 
-    def _is_read(self, language: str, prompt: int) -> bool:
-        """Whether a loss other than retain reads a prompt."""
-        is_central = language == self._parallel.central
-        compared = self._settings.align_weight > 0 if is_central else self._compares
-        return compared or (self._answers is not None and bool(self._answers[prompt]))
+    def _is_read(self, prompt: int) -> bool:
+        """Whether a loss reads a target language's prompt."""
+        return self._compares or (self._answers is not None and bool(self._answers[prompt]))
 
     def _final(self, states: Tensor) -> Tensor:
         """Apply the final norm if the losses read states after it."""

@@ -289,8 +289,9 @@ def encode_parallel(
         tokenizer: the model's.
         max_tokens: longest prompt.
         max_answer_tokens: let an answer of at most so many tokens, end of turn included, follow
-            each prompt that has one. None lets none follow.
-        stand_in: let the next row's text of the language stand in for an answer that is missing.
+            each prompt of a target language that has one. None lets none follow.
+        stand_in: let the next row's text of the language stand in for an answer that is missing,
+            and answers follow the central language's prompts, too, to be compared with.
 
     Raises:
         CorpusError: no row is left, or nothing can stand for an answer.
@@ -325,6 +326,7 @@ def encode_parallel(
         prompt_format,
         tokenizer,
         max_answer_tokens,
+        central=central,
         stand_in=stand_in,
     )
 
@@ -336,12 +338,14 @@ def _with_answers(
     tokenizer: Any,
     max_tokens: int,
     *,
+    central: str,
     stand_in: bool,
 ) -> ParallelPrompts:
     """Let answers follow the prompts; see `encode_parallel`."""
     ids, n_answer = list(prompts.ids), [1] * len(prompts.ids)
     answers: list[tuple[int, ...]] = [()] * len(prompts.ids)
-    for language in dict.fromkeys(k for row in prompts.rows for k in row):
+    everything = dict.fromkeys(k for row in prompts.rows for k in row)
+    for language in everything if stand_in else [k for k in everything if k != central]:
         numbers = [number for number, row in enumerate(prompts.rows) if language in row]
         texts = [corpus.rows[prompts.sources[number]][language] for number in numbers]
         following = (*texts[1:], texts[0] if len(texts) > 1 else None)

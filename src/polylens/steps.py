@@ -263,22 +263,18 @@ def encode_shared(
         stand_in=any(one.position == "answer" for one in settings),
     )
     for one in settings:
-        _require_answers(one, prompts, languages[0], corpus.name)
+        _require_answers(one, prompts, corpus.name)
     return prompts
 
 
-def _require_answers(
-    settings: TrainSettings, prompts: ParallelPrompts, central: str, name: str
-) -> None:
+def _require_answers(settings: TrainSettings, prompts: ParallelPrompts, name: str) -> None:
     """Check that target languages have something to learn from.
 
     Raises:
         CorpusError: answers alone are to be learned, and no row has one.
     """
     learns = settings.align_weight or settings.separate_weight
-    answers = prompts.answers or [()] * len(prompts.ids)
-    answered = any(answers[row[k]] for row in prompts.rows for k in row if k != central)
-    if settings.answer_weight and not learns and not answered:
+    if settings.answer_weight and not learns and not any(prompts.answers or ()):
         raise CorpusError(
             "training on answers alone must have answers in the target languages, but "
             f"{name} has none; add them as docs/data.md says, or raise train.separate_weight"

@@ -52,6 +52,10 @@ def test_a_rate_of_none_or_all_has_no_spread(detected, rate):
         "the the the the the the the the",
         "1. Eat well.\n" * 6,
         "ああああああああああああ",
+        # Cut off before half of the 4-grams are old.
+        "Mji mkuu wa Ufaransa ni mji wa kila kila kila kila ki",
+        "Picha ya muundo wa nyumba, kwa kila kipato, kwa kila kipato, Kwa kila kipato. kwa k",
+        "DNA代表什么？ DNA是一种系统，它是一种系统，它是一种系统，它",
     ],
 )
 def test_repeating_answers_are_noticed(answer):
@@ -65,6 +69,8 @@ def test_repeating_answers_are_noticed(answer):
         "Yes.",
         "好",
         "no no no",
+        "好好好好",
+        "Twice is no loop, as in going on and on, going on and on",
         "First, mix flour and water. Second, knead the dough. Third, let it rest for an hour.",
         "保持健康的三个建议是：每天运动三十分钟，多吃蔬菜和水果，保证充足的睡眠。",
         "สามเคล็ดลับในการดูแลสุขภาพคือออกกำลังกายทุกวันและนอนหลับให้เพียงพอ",

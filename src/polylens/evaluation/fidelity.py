@@ -19,6 +19,13 @@ from polylens.detection import LanguageDetector
 _GRAM = 4
 _REPEATING_RATIO = 0.5
 
+# So does one that ends in the same words so many times in a row, and in at least so many words or
+# characters: greedy decoding does not leave such a loop, and a limit cuts it off before the 4-grams
+# would show it.
+_LOOPS = 3
+_LOOP_WORDS = 4
+_LOOP_CHARACTERS = 8
+
 # An answer that begins with so much of its question, in letters, says the question again. Fewer
 # letters than these begin many an answer by chance.
 _ECHO_RATIO = 0.8
@@ -36,7 +43,7 @@ class Fidelity:
         standard_error: of `rate`, binomial: sqrt(rate · (1 - rate) / n).
         answered: detected language → answers; "unknown" for those too short to judge, "empty" for
             those without any text. They add up to `n`.
-        repeating: answers that mostly repeat themselves, see `is_repeating`. Lower is better.
+        repeating: answers that repeat themselves, see `is_repeating`. Lower is better.
         echoing: answers that begin by repeating the question, see `is_echo`. Lower is better.
     """
 
@@ -82,7 +89,7 @@ def measure_fidelity(
 
 
 def is_repeating(answer: str) -> bool:
-    """Whether more than half of an answer's 4-grams have occurred before in it.
+    """Whether more than half of an answer's 4-grams have occurred before, or it ends in a loop.
 
     Note:
         It is meant for answers of some hundred words; characters of a long text repeat anyway.
@@ -90,12 +97,32 @@ def is_repeating(answer: str) -> bool:
     Example:
         >>> is_repeating("so it goes " * 8), is_repeating("Each word here is a new one, I hope.")
         (True, False)
+        >>> is_repeating("The capital of France is the city of, the city of, the city of, the ci")
+        True
     """
     words = answer.split()
     # Chinese, Japanese and Thai have few spaces: their characters are the units.
-    units: Sequence[str] = words if len(words) > len(answer) / 12 else answer
+    has_words = len(words) > len(answer) / 12
+    units: Sequence[str] = words if has_words else answer
     grams = [tuple(units[i : i + _GRAM]) for i in range(len(units) - _GRAM + 1)]
-    return bool(grams) and 1 - len(set(grams)) / len(grams) > _REPEATING_RATIO
+    if grams and 1 - len(set(grams)) / len(grams) > _REPEATING_RATIO:
+        return True
+    letters = ["".join(filter(str.isalnum, unit)).casefold() for unit in units]
+    letters = [unit for unit in letters if unit]
+    least = _LOOP_WORDS if has_words else _LOOP_CHARACTERS
+    # The last word may have been cut off.
+    return _ends_in_loop(letters, least) or _ends_in_loop(letters[:-1], least)
+
+
+def _ends_in_loop(units: Sequence[str], least: int) -> bool:
+    """Whether the last units, at least so many, are one unit or sequence three times in a row."""
+    for period in range(1, len(units) // _LOOPS + 1):
+        n_same = 0
+        while n_same + period < len(units) and units[-1 - n_same] == units[-1 - n_same - period]:
+            n_same += 1
+        if n_same + period >= max(_LOOPS * period, least):
+            return True
+    return False
 
 
 def is_echo(prompt: str, answer: str) -> bool:
