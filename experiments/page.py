@@ -35,7 +35,7 @@ NAMES = {
     "gemma3-270m": "Gemma-3-270M",
     "qwen2.5-coder-1.5b-instruct": "Qwen2.5-Coder-1.5B-Instruct",
 }
-FORECAST = ("paper", "default")  # what `polylens doctor --forecast` speaks of
+FORECAST = ("default", "answers")  # what `polylens doctor --forecast` speaks of
 # The search's settings for one language, trained on seven, beside what needs no search.
 SEARCHED = ("default", "searched", "searched-half", "answers")
 MAIN = (
@@ -187,16 +187,19 @@ def table(sides: Mapping[str, Side], chosen: Sequence[str], languages: Sequence[
 
 
 def gate(base: Side, side: Side) -> str:
-    """Whether harm to English texts beyond the gate's margin is ruled out, as `enhance` asks."""
-    names = TEXTS.of([CENTRAL], base)
-    before, after = base.rows(names), side.rows(names)
-    if before is None or after is None:
-        return ""
-    task = Task(names[0], CENTRAL, "text", _metric(base, names), False)
-    pair = (task, _examples(before), _examples(after))
-    verdict = check_gate([pair], [CENTRAL], GateSettings())
+    """Whether harm to texts beyond the gate's margin is ruled out, as `enhance` asks; for whom not."""
+    pairs = []
+    for language in (CENTRAL, *LANGUAGES):
+        names = TEXTS.of([language], base)
+        before, after = base.rows(names), side.rows(names)
+        if before is None or after is None:
+            return ""
+        task = Task(names[0], language, "text", _metric(base, names), False)
+        pairs.append((task, _examples(before), _examples(after)))
+    verdict = check_gate(pairs, [CENTRAL], GateSettings(), texts_of=LANGUAGES)
     assert verdict is not None
-    return "holds" if verdict.holds else "fails"
+    failed = [check.language for check in verdict.checks if not check.result.holds]
+    return f"fails: {', '.join(failed)}" if failed else "holds"
 
 
 def _examples(values: np.ndarray) -> list[Example]:
