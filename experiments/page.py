@@ -187,7 +187,7 @@ def table(sides: Mapping[str, Side], chosen: Sequence[str], languages: Sequence[
 
 
 def gate(base: Side, side: Side) -> str:
-    """Whether harm to texts beyond the gate's margin is ruled out, as `enhance` asks; for whom not."""
+    """Whether harm to texts beyond the margin is ruled out, as `enhance` asks, and where not."""
     pairs = []
     for language in (CENTRAL, *LANGUAGES):
         names = TEXTS.of([language], base)
