@@ -59,7 +59,6 @@ _FASTER = {"learning_rate": 1e-4, "epochs": 3}
 _KL = {**_FASTER, "retain": "distribution"}
 _AUTO = {**_KL, "strength": "auto"}
 
-
 # What the search on Swahili found (experiments/results/smollm2-135m-instruct/search/sw.json).
 _SEARCHED = {
     **_PAPER,

@@ -103,8 +103,8 @@ def make_deltas(
             _save(_baseline(model, SETTINGS[name], seed), paths[name])
     of_lens = [name for name in left if SETTINGS[name].method == "lens"]
     while of_lens:
-        first = SETTINGS[of_lens[0]]
-        chosen = [n for n in of_lens if _share(SETTINGS[n], first)]
+        first = _states_of(SETTINGS[of_lens[0]])
+        chosen = [n for n in of_lens if _states_of(SETTINGS[n]) == first]
         of_lens = [n for n in of_lens if n not in chosen]
         trained = _lens(model, folder, chosen, seed)
         for name, delta in zip(chosen, trained, strict=True):
@@ -114,13 +114,9 @@ def make_deltas(
     }
 
 
-def _share(one: Setting, other: Setting) -> bool:
-    """Whether two settings of Lens train from the same states."""
-    mine, theirs = (
-        (each.rows, each.probe, TrainSettings(**each.settings).max_answer_tokens)
-        for each in (one, other)
-    )
-    return mine == theirs
+def _states_of(setting: Setting) -> tuple[Any, ...]:
+    """What determines the states that a setting of Lens trains from."""
+    return setting.rows, setting.probe, TrainSettings(**setting.settings).max_answer_tokens
 
 
 def _digest(setting: Setting) -> str:
@@ -139,7 +135,7 @@ def _lens(
     names: Sequence[str],
     seed: int,
 ) -> Iterator[CrownDelta]:
-    """Train settings of Lens that `_share` states, from one trunk pass."""
+    """Train settings of Lens that have `_states_of` in common, from one trunk pass."""
     first, rows = SETTINGS[names[0]], training_rows()
     rows = dataclasses.replace(rows, rows=rows.rows[: first.rows])
     languages = (CENTRAL, *LANGUAGES)

@@ -100,7 +100,7 @@ def evaluate(
     """Measure a model, or one against another: benchmarks, fidelity, bits per byte, retrieval.
 
     Every figure has its 95 % interval. With a base, differences are paired, and the gate tells
-    whether the central language, or a text of another, was harmed: exit code 3 if harm cannot be
+    whether the central language, or texts of the others, were harmed: exit code 3 if that cannot be
     ruled out. Run the same command again to go on after an interruption.
 
     **Examples**

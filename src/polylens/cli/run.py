@@ -32,7 +32,7 @@ from polylens.run_folder import STAGES
 STAGE_TITLES = {
     "probe": "Probing the language subspaces",
     "train": "Training the top layers",
-    "gate": "Choosing the strength that leaves the central language unharmed",
+    "gate": "Choosing the strength that does no harm",
     "answers-before": "Answering held-out prompts, before",
     "answers-after": "Answering held-out prompts, after",
     "states": "Comparing states and bits per byte",
