@@ -102,6 +102,8 @@ SETTINGS: dict[str, Setting] = {
     "searched": Setting("lens", _SEARCHED, dial=0.25),
     "searched-half": Setting("lens", _SEARCHED, dial=0.5),
     "sft": Setting("sft"),
+    "sft-half": Setting("sft", dial=0.5),
+    "sft-quarter": Setting("sft", dial=0.25),
     "sft-translations": Setting("sft-translations"),
     "sft-replay": Setting("sft", {"replay_ratio": 0.5}),
     "answers": Setting("lens", PRESETS["answers"]["train"]),

@@ -22,9 +22,11 @@ import numpy as np
 from design import CENTRAL, LANGUAGES
 from polylens.artefacts import read_json
 from polylens.config import GateSettings
+from polylens.evaluation.choices import CHOICES
 from polylens.evaluation.gate import check_gate
-from polylens.evaluation.measures import Example, Task
+from polylens.evaluation.measures import Example, Protocol, Task
 from polylens.evaluation.statistics import PairedDifference, compare_paired
+from polylens.evaluation.suite import BITS_PER_BYTE
 from polylens.forecast import Signs
 from prediction import Case, Gains, forecast_block
 
@@ -101,7 +103,7 @@ def compare(base: Side, side: Side, names: Sequence[str]) -> PairedDifference | 
     before, after = base.rows(names), side.rows(names)
     if before is None or after is None:
         return None
-    scale = 100.0 / float(before.mean()) if "bits" in _metric(base, names) else 1.0
+    scale = 100.0 / float(before.mean()) if _metric(base, names) == BITS_PER_BYTE else 1.0
     return compare_paired(list(before * scale), list(after * scale))
 
 
@@ -150,8 +152,10 @@ class Column:
         return f"**{text}**" if low > 0 or high < 0 else text
 
     def _unit(self, base: Side, names: Sequence[str]) -> tuple[float, int]:
-        if "bits" in _metric(base, names):
+        if _metric(base, names) == BITS_PER_BYTE:
             return 1.0, 2  # percent already
+        if _metric(base, names) == "bits":
+            return 1.0, 3
         return (100.0, 1) if self.percent else (1.0, 0)
 
 
@@ -163,8 +167,20 @@ ECHOING = Column("echoing, points", "echoing")
 SOUND = Column("sound, points", "sound")
 LENGTH = Column("length, characters", "length", percent=False)
 LETTERS = Column("XCOPA letters, points", "xcopa", "_letters")
+CHOICE = Column("choice, bits", CHOICES)
 CONTINUATION = Column("XCOPA continuation, points", "xcopa")
-COLUMNS = (REPLIES, TEXTS, FIDELITY, REPEATING, ECHOING, SOUND, LENGTH, LETTERS, CONTINUATION)
+COLUMNS = (
+    REPLIES,
+    TEXTS,
+    CHOICE,
+    FIDELITY,
+    REPEATING,
+    ECHOING,
+    SOUND,
+    LENGTH,
+    LETTERS,
+    CONTINUATION,
+)
 
 
 def table(sides: Mapping[str, Side], chosen: Sequence[str], languages: Sequence[str]) -> str:
@@ -187,18 +203,25 @@ def table(sides: Mapping[str, Side], chosen: Sequence[str], languages: Sequence[
 
 
 def gate(base: Side, side: Side) -> str:
-    """Whether harm to texts beyond the margin is ruled out, as `enhance` asks, and where not."""
+    """Whether harm beyond the margins is ruled out, as `enhance` asks, and where not."""
     pairs = []
-    for language in (CENTRAL, *LANGUAGES):
-        names = TEXTS.of([language], base)
+    asked: list[tuple[str, Column, Protocol]] = [(k, TEXTS, "text") for k in (CENTRAL, *LANGUAGES)]
+    for language, column, protocol in (*asked, (CENTRAL, CHOICE, "choice")):
+        names = column.of([language], base)
         before, after = base.rows(names), side.rows(names)
         if before is None or after is None:
-            return ""
-        task = Task(names[0], language, "text", _metric(base, names), False)
+            if column is TEXTS:
+                return ""
+            continue
+        task = Task(names[0], language, protocol, _metric(base, names), False)
         pairs.append((task, _examples(before), _examples(after)))
     verdict = check_gate(pairs, [CENTRAL], GateSettings(), texts_of=LANGUAGES)
     assert verdict is not None
-    failed = [check.language for check in verdict.checks if not check.result.holds]
+    failed = [
+        f"{check.language}'s choices" if check.protocol == "choice" else check.language
+        for check in verdict.checks
+        if not check.result.holds
+    ]
     return f"fails: {', '.join(failed)}" if failed else "holds"
 
 

@@ -1,7 +1,7 @@
 """Train and measure named settings, and keep every example's value.
 
     python experiments/run.py MODEL SETTING [SETTING …] [--seeds 0,1,2] [--split report]
-        [--parts texts,replies,answers,xcopa,xcopa_letters] [--limit N]
+        [--parts texts,replies,choices,answers,xcopa,xcopa_letters] [--limit N]
 
 One trunk pass serves all settings of a seed wherever likelihoods are asked for. Each finished part
 is kept, in experiments/results/MODEL/SPLIT/, so that a run that was stopped goes on.
@@ -42,6 +42,7 @@ from polylens.baselines.supervised import translations
 from polylens.config import ProbeSettings, TrainSettings
 from polylens.corpora import ParallelCorpus
 from polylens.crown import CrownDelta
+from polylens.evaluation.choices import encode_choices, measure_choices
 from polylens.evaluation.comparison import Heldout, answer
 from polylens.evaluation.fidelity import is_echo, is_repeating
 from polylens.evaluation.measures import Example, Task, TaskRun
@@ -59,7 +60,7 @@ from polylens.steps import encode_shared, probe_prompts, train_prompts
 
 HERE = Path(__file__).parent
 DELTAS = Path("runs/experiments")
-PARTS = ("texts", "replies", "xcopa_letters", "xcopa", "answers")
+PARTS = ("texts", "replies", "choices", "xcopa_letters", "xcopa", "answers")
 
 
 def main() -> None:
@@ -84,10 +85,11 @@ def main() -> None:
 
 
 def make_heldout(model: LanguageModel, rows: ParallelCorpus) -> Heldout:
-    prompts = encode_parallel(
-        rows, (CENTRAL, *LANGUAGES), choose_format(model.tokenizer, "auto"), model.tokenizer, 512
-    )
-    return Heldout(rows, prompts, rows.to_corpus().texts, CENTRAL, LANGUAGES)
+    style = choose_format(model.tokenizer, "auto")
+    prompts = encode_parallel(rows, (CENTRAL, *LANGUAGES), style, model.tokenizer, 512)
+    choices = encode_choices(CENTRAL, style, model.tokenizer)
+    texts = rows.to_corpus().texts
+    return Heldout(rows, prompts, texts, CENTRAL, LANGUAGES, choices=choices)
 
 
 def make_deltas(
@@ -228,6 +230,9 @@ def _measurers(given: argparse.Namespace) -> dict[str, Callable[..., list[TaskRu
     return {
         "texts": lambda model, some, heldout: measure_texts(model, [*some.values()], heldout),
         "replies": lambda model, some, heldout: measure_replies(model, [*some.values()], heldout),
+        "choices": lambda model, some, heldout: [
+            measure_choices(model, [*some.values()], CENTRAL, heldout.choices)
+        ],
         "answers": lambda model, some, heldout: _answers(
             model, some, heldout, DELTAS / given.model / f"answers-{given.split}"
         ),

@@ -21,7 +21,8 @@ QUICK = [
     "train.batch_size=2",
     "evaluate.rows=4",
     "evaluate.max_new_tokens=2",
-    "gate.text_margin=9",  # four rows of a random model show nothing
+    "gate.text_margin=9",
+    "gate.choice_margin=9",  # four rows of a random model show nothing
     "gate.steps=1",
 ]
 

@@ -93,7 +93,7 @@ def test_a_run_by_two_processes_is_one_run(tiny_folder: Path, tmp_path: Path) ->
         *("enhance", "--model", str(tiny_folder), "--languages", "sw", "--out", str(out)),
         *("train.rows=6", "train.max_tokens=512", "probe.texts_per_language=6"),
         *("probe.max_tokens=512", "evaluate.rows=4", "evaluate.max_new_tokens=3"),
-        *("gate.text_margin=9", "gate.steps=2"),
+        *("gate.text_margin=9", "gate.choice_margin=9", "gate.steps=2"),
     ]
     first, second = finish(launch(2, command))
     assert first[0] == second[0] == 0, first[2] + second[2]

@@ -17,6 +17,7 @@ from polylens.corpora.readers import STARTER
 from polylens.detection import LanguageDetector
 from polylens.errors import ConfigError, CorpusError
 from polylens.evaluation import Heldout
+from polylens.evaluation.choices import encode_choices
 from polylens.evaluation.tasks import TaskSpec, choose_tasks
 from polylens.execution import Execution, plan_execution
 from polylens.hidden_states import n_tokens_run
@@ -147,6 +148,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
         config.central,
         config.languages,
         config.evaluate.extra_languages,
+        encode_choices(config.central, prompt_format, tokenizer),
     )
     evaluate = config.evaluate
     benchmarks = choose_tasks(

@@ -38,6 +38,7 @@ from polylens.evaluation import (
     summarise,
     write_answers,
 )
+from polylens.evaluation.choices import CHOICES
 from polylens.evaluation.gate import Dial, turn_dial
 from polylens.evaluation.measures import compare_scorecards
 from polylens.evaluation.scoring import Candidate
@@ -375,7 +376,7 @@ class _Run:
         strengths = [wanted * step / steps for step in range(1, steps + 1)] if wanted else [0.0]
         evaluate = self.config.evaluate
         suite = Suite(
-            (BITS_PER_BYTE,),
+            (BITS_PER_BYTE, CHOICES),
             self.plan.benchmarks,
             self.plan.heldout,
             limit=evaluate.limit,

@@ -44,7 +44,7 @@ N_TRAIN, N_HELDOUT, N_CHARACTERS = 9, 3, 24
 SMALL_PRESET = {
     "train": {"epochs": 1, "batch_size": 4},
     "evaluate": {"rows": N_HELDOUT, "max_new_tokens": 2},
-    "gate": {"steps": 1, "text_margin": 9.0},  # so few rows show nothing
+    "gate": {"steps": 1, "text_margin": 9.0, "choice_margin": 9.0},  # so few rows show nothing
 }
 SMALL_ARGUMENTS = {  # the last of an option given twice wins
     "evaluate": ["--max-new-tokens", "2"],

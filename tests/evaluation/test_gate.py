@@ -15,6 +15,7 @@ from polylens.evaluation.measures import Example, Protocol, Task, TaskRun
 LIKELIHOOD = Task("xcopa_en", "en", "continuation", "acc")
 LETTERS = Task("xcopa_en_letters", "en", "chat", "acc")
 BITS = Task("bits_per_byte_en", "en", "text", "bits_per_byte", higher_is_better=False)
+CHOICES = Task("choices_en", "en", "choice", "bits", higher_is_better=False)
 SWAHILI = Task("xcopa_sw", "sw", "continuation", "acc")
 
 
@@ -75,6 +76,24 @@ def test_bits_per_byte_are_a_share_of_those_before() -> None:
         assert verdict is not None
         assert verdict.holds is holds
         assert verdict.checks[0].result.difference == pytest.approx(-rise, abs=1e-3)
+
+
+def test_choices_hold_within_a_margin_in_bits() -> None:
+    """Accuracy may stand still meanwhile; and of a target the texts alone are to hold."""
+    before = np.linspace(0.6, 0.9, 32)
+    for rise, holds in ((-0.2, True), (0.0, True), (0.04, True), (0.06, False)):
+        pair = (CHOICES, make(before), make(before + rise))
+        verdict = check_gate([pair], ["en"], GateSettings())
+        assert verdict is not None
+        assert verdict.holds is holds
+        assert check_gate([pair], ["sw"], GateSettings(), texts_of=["en"]) is None
+    assert verdict.sentence() == (
+        "Gate fails. English, choice of letters: -0.060 bits (n = 32), a loss beyond 0.060 is "
+        "ruled out at 95 %, allowed is 0.05."
+    )
+    wider = check_gate([pair], ["en"], GateSettings(choice_margin=0.1))
+    assert wider is not None
+    assert wider.holds
 
 
 @pytest.mark.parametrize("protocol", ["answers", "states"])

@@ -111,8 +111,9 @@ def test_trials_from_kept_states_are_those_from_scratch_to_the_bit(config: RunCo
         assert {f"replies_{k}" for k in ("en", "sw")} <= by_name.keys()
         for run in expected_runs:
             assert by_name[run.task.name] == run
-    # Training prompts, these with answers, texts and replies once; probing prompts once a pooling.
-    assert len(collect.calls) == 6
+    # Training prompts, these with answers, texts, replies and choices once; probing ones once a
+    # pooling.
+    assert len(collect.calls) == 7
     assert all(keep.boundary_layers in ((), (1, 3)) for keep in collect.calls)
 
 

@@ -97,7 +97,7 @@ def evaluate(
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure a model, or one against another: benchmarks, fidelity, bits per byte, retrieval.
+    """Measure a model, or one against another: benchmarks, texts, choices, answers, retrieval.
 
     Every figure has its 95 % interval. With a base, differences are paired, and the gate tells
     whether the central language, or texts of the others, were harmed: exit code 3 if that cannot be
@@ -271,6 +271,7 @@ def _numbers(text: str | None) -> list[float] | None:
 def _print_tasks() -> None:
     built_in = {
         "bits_per_byte": "likelihood of held-out texts",
+        "choices": "the right one of two answers, by its letter, in the central language",
         "fidelity": "answers in the language of the question",
         "retrieval": "translations that are nearest neighbours, by layer",
     }

@@ -17,6 +17,7 @@ from polylens import distributed
 from polylens.corpora import ParallelCorpus
 from polylens.crown import Change, run_crown
 from polylens.detection import LanguageDetector
+from polylens.evaluation.choices import Choice
 from polylens.evaluation.drift import PromptStates, StateChange, measure_change, summarise_states
 from polylens.evaluation.fidelity import detect_answers, measure_fidelity
 from polylens.evaluation.generation import generate_answers
@@ -47,6 +48,8 @@ class Heldout:
         central: the language to protect.
         languages: the targets.
         watched: languages neither trained nor central.
+        choices: questions of the central language with two answers each; none where the starter
+            corpus lacks it.
     """
 
     corpus: ParallelCorpus
@@ -55,6 +58,7 @@ class Heldout:
     central: str
     languages: tuple[str, ...]
     watched: tuple[str, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
     @property
     def all_languages(self) -> tuple[str, ...]:

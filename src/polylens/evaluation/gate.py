@@ -3,7 +3,8 @@
 A loss beyond the margin has to be ruled out, at 95 %, one-sided: a sample too small to tell fails.
 Tasks that are right or wrong are pooled within a protocol (continuations, chat), since few have the
 hundreds of examples that a margin of a point takes; each protocol has to hold, since the two can
-disagree. Bits per byte have to hold within a relative margin. All checks must hold, so the chance
+disagree. Bits per byte have to hold within a relative margin, and the built-in choice of a letter
+within a margin in bits. All checks must hold, so the chance
 that real harm passes is at most 5 %, however many there are.
 """
 
@@ -32,8 +33,11 @@ from polylens.languages import language_name
 _WHAT = {
     "continuation": "continuation tasks",
     "chat": "chat tasks",
+    "choice": "choice of letters",
     "text": "bits per byte",
 }
+# Unit of a figure, what a value is multiplied by, decimals.
+_UNITS = {"choice": ("bits", 1, 3), "text": ("%", 100, 2)}
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Check:
         language: that is protected.
         protocol: of the tasks.
         tasks: their names.
-        result: in points of accuracy / 100, or for texts as a share of the bits per byte before.
+        result: in points of accuracy / 100, for choices in bits, for texts as a share of the bits
+            per byte before.
     """
 
     language: str
@@ -56,11 +61,11 @@ class Check:
         """Say what was found."""
         r = self.result
         name = f"{language_name(self.language)}, {_WHAT[self.protocol]}"
-        unit = "%" if self.protocol == "text" else "points"
+        unit, scale, digits = _UNITS.get(self.protocol, ("points", 100, 2))
         text = (
-            f"{name}: {100 * r.difference:+.2f} {unit} (n = {r.n}), a loss beyond "
-            f"{max(0.0, -100 * r.bound):.2f} is ruled out at 95 %, allowed is "
-            f"{100 * r.margin:g}"
+            f"{name}: {scale * r.difference:+.{digits}f} {unit} (n = {r.n}), a loss beyond "
+            f"{max(0.0, -scale * r.bound):.{digits}f} is ruled out at 95 %, allowed is "
+            f"{scale * r.margin:g}"
         )
         if not r.holds and r.n < r.n_needed:
             return f"{text}; at least {r.n_needed} examples are needed to show that"
@@ -146,6 +151,16 @@ def check_gate(
                 level=settings.level,
             )
             checks.append(Check(language, "text", _names(texts), result))
+        choices = [pair for pair in own if pair[0].protocol == "choice"]
+        if choices and language in languages:
+            result = non_inferior(
+                [one.value for _, old, _ in choices for one in old],
+                [one.value for _, _, new in choices for one in new],
+                settings.choice_margin,
+                higher_is_better=False,
+                level=settings.level,
+            )
+            checks.append(Check(language, "choice", _names(choices), result))
     return Verdict(tuple(checks)) if checks else None
 
 

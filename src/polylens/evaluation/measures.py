@@ -24,7 +24,7 @@ from polylens.artefacts import (
 from polylens.errors import CorruptFileError, UsageError
 from polylens.evaluation.statistics import PairedDifference, compare_paired, holm, mean_interval
 
-Protocol = Literal["continuation", "chat", "answers", "text", "states"]
+Protocol = Literal["continuation", "chat", "choice", "answers", "text", "states"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Task:
         name: e.g. "xcopa_sw_letters".
         language: of its texts, if known.
         protocol: how the model is asked: continuations of plain text, the first token or a reply
-            after a chat prompt, the language of answers, plain texts, hidden states.
+            after a chat prompt, the built-in choice of a letter, the language of answers, plain
+            texts, hidden states.
         metric: what a value is, e.g. "acc".
         higher_is_better: whether more of it is.
     """

@@ -18,6 +18,7 @@ from polylens.config import Runtime, load_config
 from polylens.corpora import ParallelCorpus
 from polylens.crown import CrownDelta
 from polylens.errors import UsageError
+from polylens.evaluation.choices import encode_choices
 from polylens.evaluation.comparison import Heldout
 from polylens.evaluation.measures import Scorecard, check_tokenizers
 from polylens.evaluation.scoring import Candidate
@@ -273,15 +274,23 @@ def _evaluate_sides(
 def make_heldout(model: LanguageModel, protocol: Protocol) -> Heldout:
     """Tokenise the held-out rows for a model."""
     everything = (protocol.central, *protocol.languages)
+    prompt_format = choose_format(model.tokenizer, protocol.template)
     prompts = encode_parallel(
         protocol.rows,
         everything,
-        choose_format(model.tokenizer, protocol.template),
+        prompt_format,
         model.tokenizer,
         _MAX_PROMPT_TOKENS,
     )
     texts = protocol.rows.to_corpus().texts
-    return Heldout(protocol.rows, prompts, texts, protocol.central, protocol.languages)
+    return Heldout(
+        protocol.rows,
+        prompts,
+        texts,
+        protocol.central,
+        protocol.languages,
+        choices=encode_choices(protocol.central, prompt_format, model.tokenizer),
+    )
 
 
 # Longer held-out prompts lose their end, as in training.

@@ -1,8 +1,8 @@
 """Everything a model and its candidates are evaluated on, task by task.
 
-`bits_per_byte`, `fidelity` and `retrieval` are measured here, on held-out parallel rows; benchmarks
-are lm-eval's, through `polylens.evaluation.harness`. One trunk pass serves all candidates wherever
-a task asks for likelihoods.
+`bits_per_byte`, `fidelity` and `retrieval` are measured here, on held-out parallel rows, and
+`choices` on the starter corpus's; benchmarks are lm-eval's, through `polylens.evaluation.harness`.
+One trunk pass serves all candidates wherever a task asks for likelihoods.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from polylens.evaluation.choices import CHOICES, measure_choices
 from polylens.evaluation.comparison import MAX_SCORED_TOKENS, Heldout, answer
 from polylens.evaluation.likelihood import encode_plain
 from polylens.evaluation.measures import Example, Task, TaskRun
@@ -30,7 +32,7 @@ from polylens.states_cache import Collect, fresh_hidden_states
 BITS_PER_BYTE = "bits_per_byte"
 FIDELITY = "fidelity"
 RETRIEVAL = "retrieval"
-BUILT_IN = (BITS_PER_BYTE, FIDELITY, RETRIEVAL)
+BUILT_IN = (BITS_PER_BYTE, CHOICES, FIDELITY, RETRIEVAL)
 
 NATS_PER_BIT = 0.6931471805599453
 
@@ -92,31 +94,28 @@ def run_suite(
         UsageError: a benchmark's data cannot be read.
         MissingExtraError: lm-eval is needed and not installed.
     """
+    how: dict[str, Any] = {
+        "token_budget": token_budget,
+        "scratch": scratch,
+        "progress": progress,
+    }
     for name in suite.built_in:
-        if name not in skip:
-            assert suite.heldout is not None
-            on_part(name)
-            if name == BITS_PER_BYTE:
-                yield (
-                    name,
-                    measure_texts(
-                        model, candidates, suite.heldout, token_budget, scratch, progress, collect
-                    ),
-                )
-            elif name == FIDELITY:
-                yield (
-                    name,
-                    _measure_answers(
-                        model, candidates, suite.heldout, suite.max_new_tokens, progress
-                    ),
-                )
-            else:
-                yield (
-                    name,
-                    measure_retrieval(
-                        model, candidates, suite.heldout, token_budget, scratch, progress
-                    ),
-                )
+        heldout = suite.heldout
+        assert heldout is not None
+        if name in skip or (name == CHOICES and not heldout.choices):
+            continue
+        on_part(name)
+        if name == BITS_PER_BYTE:
+            yield name, measure_texts(model, candidates, heldout, collect=collect, **how)
+        elif name == CHOICES:
+            central, choices = heldout.central, heldout.choices
+            run = measure_choices(model, candidates, central, choices, collect=collect, **how)
+            yield name, [run]
+        elif name == FIDELITY:
+            longest = suite.max_new_tokens
+            yield name, _measure_answers(model, candidates, heldout, longest, progress)
+        else:
+            yield name, measure_retrieval(model, candidates, heldout, **how)
     left = [spec for spec in suite.benchmarks if spec.name not in skip]
     if not left:
         return

@@ -180,6 +180,7 @@ _METRICS = {
     "acc": "accuracy",
     "in_language": "answers in the language",
     "bits_per_byte": "bits per byte saved",
+    "bits": "bits of choosing a letter saved",
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from polylens.config import RunConfig, Runtime, changed
 from polylens.crown import CrownDelta
 from polylens.errors import ConfigError, SubspaceError, TrainingError
+from polylens.evaluation.choices import CHOICES
 from polylens.evaluation.comparison import Heldout
 from polylens.evaluation.gate import check_gate, turn_dial
 from polylens.evaluation.measures import TaskRun
@@ -182,7 +183,7 @@ class Workbench:
             "progress": self._progress,
         }
         evaluate = sample.config.evaluate
-        built_in = {"texts": (BITS_PER_BYTE,), "answers": (FIDELITY,)}.get(stage, ())
+        built_in = {"texts": (BITS_PER_BYTE, CHOICES), "answers": (FIDELITY,)}.get(stage, ())
         suite = Suite(
             built_in,
             tuple(spec for spec in sample.benchmarks if _protocol(spec) == stage),

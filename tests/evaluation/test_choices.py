@@ -1,0 +1,86 @@
+"""Choices: the figure is the whole model's own, and a habit of one letter is none of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from polylens.corpora import starter_corpus
+from polylens.evaluation import choices as module
+from polylens.evaluation.choices import Choice, encode_choices, measure_choices
+from polylens.evaluation.comparison import Heldout
+from polylens.evaluation.scoring import Candidate, Score
+from polylens.evaluation.suite import BUILT_IN, CHOICES, Suite, run_suite
+from polylens.models.loading import LanguageModel
+from polylens.prompts import choose_format, encode_parallel
+from test_crown import random_delta
+
+
+def choices_of(model: LanguageModel, language: str = "en") -> tuple[Choice, ...]:
+    return encode_choices(language, choose_format(model.tokenizer, "auto"), model.tokenizer)
+
+
+def test_a_question_stands_with_its_own_answer_first_and_second(llama: LanguageModel) -> None:
+    found = choices_of(llama, "sw")
+    corpus = starter_corpus()
+    rows = corpus.split(corpus.n_heldout)[1].rows
+    assert [one.row for one in found] == list(range(len(rows)))
+    asked = [[llama.tokenizer.decode(ids) for ids in one.prompts] for one in found]
+    for number, (as_a, as_b) in enumerate(asked):
+        right = corpus.answer("sw", rows[number]["sw"])
+        wrong = corpus.answer("sw", rows[(number + 1) % len(rows)]["sw"])
+        assert rows[number]["sw"] in as_a
+        assert f"A. {right}\nB. {wrong}\n" in as_a
+        assert f"A. {wrong}\nB. {right}\n" in as_b
+
+
+def test_bits_are_those_of_the_whole_model(llama: LanguageModel) -> None:
+    delta, chosen = random_delta(llama, 0.1), choices_of(llama)[:3]
+    run = measure_choices(llama, [Candidate(), Candidate(delta, 0.5)], "en", chosen)
+    assert (run.task.name, run.task.higher_is_better) == ("choices_en", False)
+    for number, strength in enumerate((0.0, 0.5)):
+        expected = []
+        with torch.no_grad(), delta.applied(llama.structure, strength):
+            for one in chosen:
+                (a,), (b,) = one.letters
+                odds = []
+                for ids, sign in zip(one.prompts, (1, -1), strict=True):
+                    logits = llama.causal_lm(torch.tensor([ids])).logits[0, -1].double()
+                    odds.append(sign * float(logits[a] - logits[b]))
+                expected.append(math.log2(1 + math.exp(-sum(odds) / 2)))
+        assert [e.value for e in run.examples[number]] == pytest.approx(expected, rel=1e-5)
+    assert run.examples[0] != run.examples[1]
+
+
+def scored(monkeypatch: pytest.MonkeyPatch, log_likelihoods: Sequence[float]) -> float:
+    """Bits of one question, given nats of A and B in both orders."""
+    scores = [[Score(one, False) for one in log_likelihoods]]
+    monkeypatch.setattr(module, "score_continuations", lambda *_, **__: scores)
+    one = Choice(0, ((1,), (1,)), ((2,), (3,)))
+    run = measure_choices(None, [Candidate()], "en", [one])  # type: ignore[arg-type]
+    return run.examples[0][0].value
+
+
+def test_guessing_is_one_bit_whatever_the_habit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scored(monkeypatch, [-0.7, -0.7, -0.7, -0.7]) == 1.0
+    assert scored(monkeypatch, [-0.1, -9.1, -0.1, -9.1]) == pytest.approx(1)
+    certain = [-0.0, -2.0, -2.0, -0.0]
+    assert scored(monkeypatch, certain) == pytest.approx(math.log2(1 + math.exp(-2)))
+    shifted = [certain[0] - 3, certain[1], certain[2] - 3, certain[3]]
+    assert scored(monkeypatch, shifted) == pytest.approx(scored(monkeypatch, certain))
+    assert scored(monkeypatch, [-2000.0, 0.0, 0.0, -2000.0]) == pytest.approx(2000 / math.log(2))
+
+
+def test_a_language_without_answers_has_none(llama: LanguageModel) -> None:
+    assert choices_of(llama, "hi") == ()
+    rows = starter_corpus().select(("en", "sw")).split(2)[1]
+    style = choose_format(llama.tokenizer, "auto")
+    prompts = encode_parallel(rows, ("en", "sw"), style, llama.tokenizer, 128)
+    heldout = Heldout(rows, prompts, rows.to_corpus().texts, "en", ("sw",))
+    told: list[str] = []
+    suite = Suite(BUILT_IN, (), heldout, max_new_tokens=2)
+    assert CHOICES not in dict(run_suite(llama, [Candidate()], suite, on_part=told.append))
+    assert CHOICES not in told
