@@ -75,6 +75,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
         "evaluation/summary.json",
         "evaluation/before/scorecard.json",
         "evaluation/after/bits_per_byte_sw.jsonl",
+        "evaluation/after/choices_en.jsonl",
         "gate.json",
         "evaluation/states.safetensors",
         "model/model.safetensors",
@@ -88,6 +89,9 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     summary = json.loads((finished / "evaluation/summary.json").read_text())
     assert summary["fidelity"].keys() == {"en", "sw", "zh", "es"}
     assert summary["state_change"]["sw"]["relative"] > 0
+    gate = json.loads((finished / "gate.json").read_text())
+    read = {(c["language"], c["protocol"]) for c in gate["tried"][0]["verdict"]["checks"]}
+    assert read == {("en", "text"), ("en", "choice"), ("sw", "text"), ("zh", "text")}
 
 
 def test_a_wreck_of_english_is_not_saved(taught_folder: Path, tmp_path: Path) -> None:
