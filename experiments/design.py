@@ -59,6 +59,9 @@ _FASTER = {"learning_rate": 1e-4, "epochs": 3}
 _KL = {**_FASTER, "retain": "distribution"}
 _AUTO = {**_KL, "strength": "auto"}
 
+# The preset `answers` as it was, which is what Qwen2.5-Coder-1.5B was measured with.
+_ANSWERS_64 = {**PRESETS["answers"]["train"], "retain_weight": 1.0, "max_answer_tokens": 64}
+
 # What the search on Swahili found (experiments/results/smollm2-135m-instruct/search/sw.json).
 _SEARCHED = {
     **_PAPER,
@@ -109,6 +112,10 @@ SETTINGS: dict[str, Setting] = {
     "answers": Setting("lens", PRESETS["answers"]["train"]),
     "answers-half": Setting("lens", PRESETS["answers"]["train"], dial=0.5),
     "answers-quarter": Setting("lens", PRESETS["answers"]["train"], dial=0.25),
+    "answers-retain": Setting("lens", {**PRESETS["answers"]["train"], "retain_weight": 1.0}),
+    "answers-64": Setting("lens", _ANSWERS_64),
+    "answers-64-half": Setting("lens", _ANSWERS_64, dial=0.5),
+    "answers-64-quarter": Setting("lens", _ANSWERS_64, dial=0.25),
     "answers-lens": lens(
         **_FASTER, strength="auto", answer_weight=1.0, max_answer_tokens=64, batch_size=2
     ),

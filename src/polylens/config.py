@@ -354,7 +354,7 @@ class Runtime(Settings):
 
 # "default": what ablations support (docs/results.md). "paper": the published settings (arXiv
 # 2410.04407, appendix, and the published scripts), written out in full, so that a later change of a
-# default cannot change them. "answers": supervised fine-tuning; of Lens's losses, retain alone.
+# default cannot change them. "answers": supervised fine-tuning, none of Lens's losses.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {"train": {"strength": "auto"}},
     "paper": {
@@ -394,8 +394,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "train": {
             "align_weight": 0.0,
             "separate_weight": 0.0,
+            "retain_weight": 0.0,
             "answer_weight": 1.0,
-            "max_answer_tokens": 64,
+            "max_answer_tokens": 128,
             "batch_size": 2,
         }
     },
