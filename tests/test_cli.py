@@ -22,7 +22,7 @@ QUICK = [
     "evaluate.rows=4",
     "evaluate.max_new_tokens=2",
     "gate.text_margin=9",
-    "gate.choice_margin=9",  # four rows of a random model show nothing
+    "gate.choice_margin=9",  # so few rows of a random model, and its guesses, show nothing
     "gate.steps=1",
 ]
 

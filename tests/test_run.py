@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "evaluate.max_new_tokens": 4,
     "evaluate.extra_languages": ["es"],
     "gate.text_margin": 9.0,  # four rows of a random model show nothing
-    "gate.choice_margin": 9.0,
+    "gate.choice_margin": 9.0,  # nor do its guesses
     "gate.steps": 2,
 }
 

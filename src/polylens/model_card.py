@@ -92,6 +92,9 @@ and a language-specific subspace; {"; ".join(done)}.
 
 {dial.sentence()}
 
+Choice of letters, where the gate names it: which of two answers belongs to each of 32 questions of
+the starter corpus, by the letter that the model replies; guessing costs 1 bit.
+
 Held-out prompts: {heldout["rows"]} rows of `{heldout["name"]}`. Answers are greedy, at most
 {evaluation.max_new_tokens} tokens, and count as in the language when py3langid, limited to the
 languages of the table, says so. An answer is repeating when more than half of its 4-grams occurred

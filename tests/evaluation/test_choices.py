@@ -55,6 +55,33 @@ def test_bits_are_those_of_the_whole_model(llama: LanguageModel) -> None:
     assert run.examples[0] != run.examples[1]
 
 
+def test_without_a_template_an_empty_line_parts_letter_and_question(llama: LanguageModel) -> None:
+    """Letters may then be several tokens; those that they share cancel out."""
+    style, tokenizer = choose_format(llama.tokenizer, "plain"), llama.tokenizer
+    one, *_ = encode_choices("en", style, tokenizer)
+    assert [tokenizer.decode(ids) for ids in one.letters] == ["\n\nA", "\n\nB"]
+    shared = [a for a, b in zip(*one.letters, strict=True) if a == b]
+    assert len(shared) == len(one.letters[0]) - 1 > 0
+    run = measure_choices(llama, [Candidate()], "en", [one])
+    odds = []
+    with torch.no_grad():
+        for ids, sign in zip(one.prompts, (1, -1), strict=True):
+            logits = llama.causal_lm(torch.tensor([[*ids, *shared]])).logits[0, -1].double()
+            odds.append(sign * float(logits[one.letters[0][-1]] - logits[one.letters[1][-1]]))
+    (example,) = run.examples[0]
+    assert example.value == pytest.approx(math.log2(1 + math.exp(-sum(odds) / 2)), rel=1e-5)
+
+
+def test_questions_that_the_model_cannot_hold_are_left_out(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = sorted(max(map(len, one.prompts)) for one in choices_of(llama))
+    monkeypatch.setattr(llama.tokenizer, "model_max_length", lengths[20])
+    left = choices_of(llama)
+    assert len(left) == sum(length <= lengths[20] for length in lengths) < len(lengths)
+    assert all(len(ids) <= lengths[20] for one in left for ids in one.prompts)
+
+
 def scored(monkeypatch: pytest.MonkeyPatch, log_likelihoods: Sequence[float]) -> float:
     """Bits of one question, given nats of A and B in both orders."""
     scores = [[Score(one, False) for one in log_likelihoods]]

@@ -18,7 +18,7 @@ SETTINGS: dict[str, Any] = {
     "evaluate.rows": 4,
     "evaluate.max_new_tokens": 2,
     "gate.text_margin": 9.0,  # four rows of a random model show nothing
-    "gate.choice_margin": 9.0,
+    "gate.choice_margin": 9.0,  # nor do its guesses
     "gate.steps": 2,
 }
 

@@ -111,6 +111,11 @@ def test_trials_from_kept_states_are_those_from_scratch_to_the_bit(config: RunCo
         assert {f"replies_{k}" for k in ("en", "sw")} <= by_name.keys()
         for run in expected_runs:
             assert by_name[run.task.name] == run
+    asked = [run for run in runs if run.task.name == "choices_en"]
+    assert [len(one.examples[0]) for one in asked] == [16]
+    assert {one.key for one in asked[0].examples[0]} == {str(k) for k in range(0, 32, 2)}
+    reported = bench.sample("report", config).heldout.choices
+    assert [one.row for one in reported] == list(range(1, 32, 2))
     # Training prompts, these with answers, texts, replies and choices once; probing ones once a
     # pooling.
     assert len(collect.calls) == 7

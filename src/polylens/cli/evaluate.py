@@ -14,8 +14,9 @@ from polylens.artefacts import write_json, write_text
 from polylens.cli import options
 from polylens.cli.console import ProgressBars, err, out, print_json, table
 from polylens.config import GateSettings, check
-from polylens.corpora import read_parallel
+from polylens.corpora import read_parallel, starter_corpus
 from polylens.errors import UsageError
+from polylens.evaluation.choices import CHOICES
 from polylens.evaluation.gate import Verdict, check_gate
 from polylens.evaluation.measures import Measure, Scorecard, compare_scorecards
 from polylens.evaluation.sides import BEFORE, Protocol, choose_sides, evaluate_sides, template_of
@@ -241,6 +242,11 @@ def _protocol(
     if built_in and not others:
         raise UsageError(
             f"{', '.join(built_in)} must have a language besides {centre}; name some by --languages"
+        )
+    if built_in == (CHOICES,) and not benchmarks and centre not in starter_corpus().languages:
+        raise UsageError(
+            f"{CHOICES} must be in a language of the starter corpus "
+            f"({', '.join(starter_corpus().languages)}), got {centre}; add another task"
         )
     everything = (centre, *others) if built_in else (centre,)
     found = read_parallel(corpus, everything, offline=offline)

@@ -27,8 +27,10 @@ CHOICES = "choices"
 
 _LETTERS = ("A", "B")
 
-# No starter row comes near; `PromptFormat.encode` wants a limit.
+# Longest question, where the tokenizer sets no limit of its own; none comes near.
 _MAX_TOKENS = 4096
+
+_NATS_PER_BIT = math.log(2)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Choice:
     Attributes:
         row: of the starter corpus's held-out rows.
         prompts: token ids with the right answer as A, then as B.
-        letters: token ids of A and of B.
+        letters: token ids of A and of B as the beginning of an answer.
     """
 
     row: int
@@ -49,25 +51,31 @@ class Choice:
 def encode_choices(
     language: str, prompt_format: PromptFormat, tokenizer: Any
 ) -> tuple[Choice, ...]:
-    """Tokenise the starter corpus's held-out questions of a language; none where it lacks it."""
+    """Tokenise the starter corpus's held-out questions of a language; none where it lacks it.
+
+    Questions that the tokenizer's longest input does not hold are left out.
+    """
     corpus = starter_corpus()
     if language not in corpus.languages:
         return ()
+    longest = min(_MAX_TOKENS, tokenizer.model_max_length)
+    a, b = (prompt_format.encode_beginning(tokenizer, one, _MAX_TOKENS) for one in _LETTERS)
     questions = [row[language] for row in corpus.split(corpus.n_heldout)[1].rows]
     answers = [corpus.answers[language][question] for question in questions]
-    texts = [
-        f"{question}\n\nWhich of these answers that?\nA. {first}\nB. {second}\n"
-        "Reply with the letter alone, A or B."
-        for question, right, wrong in zip(
-            questions, answers, (*answers[1:], *answers[:1]), strict=True
-        )
-        for first, second in ((right, wrong), (wrong, right))
-    ]
-    ids = [tuple(one) for one in prompt_format.encode(tokenizer, texts, _MAX_TOKENS).ids]
-    a, b = (tuple(tokenizer(one, add_special_tokens=False)["input_ids"]) for one in _LETTERS)
-    return tuple(
-        Choice(row, (ids[2 * row], ids[2 * row + 1]), (a, b)) for row in range(len(questions))
-    )
+    choices = []
+    for row, (question, right, wrong) in enumerate(
+        zip(questions, answers, (*answers[1:], *answers[:1]), strict=True)
+    ):
+        texts = [
+            f"{question}\n\nWhich of these answers that?\nA. {first}\nB. {second}\n"
+            "Reply with the letter alone, A or B."
+            for first, second in ((right, wrong), (wrong, right))
+        ]
+        prompts = prompt_format.encode(tokenizer, texts, longest)
+        if prompts.n_truncated == 0:
+            as_a, as_b = prompts.ids
+            choices.append(Choice(row, (as_a, as_b), (a, b)))
+    return tuple(choices)
 
 
 def measure_choices(
@@ -81,7 +89,10 @@ def measure_choices(
     collect: Collect = fresh_hidden_states,
     progress: Progress = silent,
 ) -> TaskRun:
-    """Bits of picking the right letter, -log2 of its odds' probability: 1 is guessing, 0 certainty.
+    """Bits of picking the right letter: 1 is guessing, 0 certainty.
+
+    -log2(1 / (1 + exp(-x))), x being the log odds of the right letter against the wrong one,
+    averaged over the two orders.
 
     Args:
         model: the untouched model.
@@ -92,6 +103,9 @@ def measure_choices(
         scratch: room for the states; None takes memory without limit.
         collect: how hidden states are had.
         progress: told how far each piece of work is.
+
+    Returns:
+        One example a question, by every candidate.
     """
     scores = score_continuations(
         model,
@@ -117,13 +131,13 @@ def measure_choices(
 
 
 def _example(choice: Choice, log_likelihoods: Sequence[float]) -> Example:
-    """Args: nats of A and B where A is right, then where B is."""
+    """One question's figure, from the log-likelihoods of A and B where A is right, then B."""
     a_right, b_wrong, a_wrong, b_right = log_likelihoods
     log_odds = (a_right - b_wrong + b_right - a_wrong) / 2
     # log(1 + exp(-x)), without overflow.
     nats = max(-log_odds, 0.0) + math.log1p(math.exp(-abs(log_odds)))
     return Example(
         key=str(choice.row),
-        value=nats / math.log(2),
+        value=nats / _NATS_PER_BIT,
         responses={"log_likelihoods": list(log_likelihoods)},
     )

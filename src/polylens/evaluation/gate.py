@@ -4,8 +4,8 @@ A loss beyond the margin has to be ruled out, at 95 %, one-sided: a sample too s
 Tasks that are right or wrong are pooled within a protocol (continuations, chat), since few have the
 hundreds of examples that a margin of a point takes; each protocol has to hold, since the two can
 disagree. Bits per byte have to hold within a relative margin, and the built-in choice of a letter
-within a margin in bits. All checks must hold, so the chance
-that real harm passes is at most 5 %, however many there are.
+within a margin in bits. All checks must hold, so the chance that real harm passes is at most 5 %,
+however many there are.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ measures the cheap parts first, and stops where the rest cannot change the outco
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,8 +35,9 @@ from polylens.search.trials import Point, Trial, central_loss, target_gain
 from polylens.states_cache import Collect
 from polylens.steps import probe_prompts, train_prompts
 
-# Examples of a benchmark: every other one to search on, those between to report on. Tasks that are
-# translations of each other in one order keep an example on one side in all languages.
+# Examples of a benchmark, and of the built-in choices: every other one to search on, those between
+# to report on. Tasks that are translations of each other in one order keep an example on one side
+# in all languages.
 _EXAMPLES = {"development": (0, 2), "report": (1, 2)}
 
 
@@ -88,7 +90,9 @@ class Workbench:
     def sample(self, name: str, config: RunConfig) -> Sample:
         """Prepare what trials are measured on."""
         plan = make_plan(config, self._runtime, self._progress)
-        return Sample(name, config, plan.heldout, plan.benchmarks)
+        first, step = _EXAMPLES[name]
+        heldout = dataclasses.replace(plan.heldout, choices=plan.heldout.choices[first::step])
+        return Sample(name, config, heldout, plan.benchmarks)
 
     def stages(self, sample: Sample) -> tuple[str, ...]:
         """Return what is measured one after the other, cheapest first.
