@@ -339,7 +339,9 @@ def _panels(
             # Tasks of one family and protocol belong together: xcopa_sw_letters, xcopa_en_letters.
             language = one.task.language or ""
             family = " ".join(p for p in one.task.name.split("_") if p != language)
-            title = f"{family} saved" if not one.task.higher_is_better else family
+            if one.task.metric == "bits":
+                family = f"bits of {family}"
+            title = family if one.task.higher_is_better else f"{family} saved"
             panels.setdefault(title, {}).setdefault(language, {})[strength] = one
     return panels
 
