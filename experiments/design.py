@@ -89,6 +89,7 @@ SETTINGS: dict[str, Setting] = {
     "default": Setting("lens", PRESETS["default"]["train"]),
     "default-half": Setting("lens", PRESETS["default"]["train"], dial=0.5),
     "default-quarter": Setting("lens", PRESETS["default"]["train"], dial=0.25),
+    "default-slow": Setting("lens", {**PRESETS["default"]["train"], "learning_rate": 2.5e-5}),
     "auto-states10": lens(**_FASTER, strength="auto", retain_weight=10.0),
     "rank16": lens(**{**_AUTO, "learning_rate": 1e-3}, update_rank=16),
     "answer": lens(**_AUTO, position="answer"),
