@@ -27,10 +27,8 @@ CHOICES = "choices"
 
 _LETTERS = ("A", "B")
 
-# Longest question, where the tokenizer sets no limit of its own; none comes near.
+# Longest question, where the tokenizer sets no limit of its own.
 _MAX_TOKENS = 4096
-
-_NATS_PER_BIT = math.log(2)
 
 
 @dataclass(frozen=True)
@@ -138,6 +136,6 @@ def _example(choice: Choice, log_likelihoods: Sequence[float]) -> Example:
     nats = max(-log_odds, 0.0) + math.log1p(math.exp(-abs(log_odds)))
     return Example(
         key=str(choice.row),
-        value=nats / _NATS_PER_BIT,
+        value=nats / math.log(2),
         responses={"log_likelihoods": list(log_likelihoods)},
     )

@@ -49,7 +49,7 @@ class Heldout:
         languages: the targets.
         watched: languages neither trained nor central.
         choices: questions of the central language with two answers each; none where the starter
-            corpus lacks it.
+            corpus lacks it, or nothing asks for them.
     """
 
     corpus: ParallelCorpus

@@ -9,6 +9,7 @@ reply is decided.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from polylens.evaluation.comparison import Heldout
@@ -20,8 +21,6 @@ from polylens.scratch import Scratch
 from polylens.states_cache import Collect, fresh_hidden_states
 
 REPLIES = "replies"
-
-_NATS_PER_BIT = 0.6931471805599453
 
 # Characters of a reply; some ten tokens of a language that a model knows.
 _N_CHARACTERS = 40
@@ -75,7 +74,7 @@ def measure_replies(
                 tuple(
                     Example(
                         key=str(row),
-                        value=-score.log_likelihood / _NATS_PER_BIT / n_bytes,
+                        value=-score.log_likelihood / math.log(2) / n_bytes,
                         responses={"bytes": n_bytes},
                     )
                     for score, (own, row, n_bytes) in zip(of_candidate, owners, strict=True)

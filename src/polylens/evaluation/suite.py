@@ -7,6 +7,7 @@ One trunk pass serves all candidates wherever a task asks for likelihoods.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,6 @@ BITS_PER_BYTE = "bits_per_byte"
 FIDELITY = "fidelity"
 RETRIEVAL = "retrieval"
 BUILT_IN = (BITS_PER_BYTE, CHOICES, FIDELITY, RETRIEVAL)
-
-NATS_PER_BIT = 0.6931471805599453
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def measure_texts(
             tuple(
                 Example(
                     key=str(number),
-                    value=-of_candidate[index].log_likelihood / NATS_PER_BIT / texts[index][2],
+                    value=-of_candidate[index].log_likelihood / math.log(2) / texts[index][2],
                     responses={"bytes": texts[index][2]},
                 )
                 for number, index in enumerate(own)
