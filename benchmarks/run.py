@@ -1,6 +1,6 @@
 """Measure PolyLens against a plain reference and against the floor, side by side, in one run.
 
-    python benchmarks/run.py                        all parts but crowns and large
+    python benchmarks/run.py                        all parts but crowns, large and search
     python benchmarks/run.py method --share 5       one part, on a fifth of the data
     python benchmarks/run.py crowns --data-dir DATA     with XCOPA's files in DATA/xcopa
     python benchmarks/run.py large --model-folder /big/disk/llama-8b
@@ -24,18 +24,19 @@ import floor
 import growth
 import large
 import method
+import search_cost
 from common import RESULTS, Data
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 SMALL, BIG = "smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct"
 # The whole data takes the reference half an hour, and the big model an hour, on two cores.
-SHARES = {"method": 5, "floor": 10, "growth": 1, "crowns": 1, "large": 1}
+SHARES = {"method": 5, "floor": 10, "growth": 1, "crowns": 1, "large": 1, "search": 10}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", help="method, floor, growth, crowns, large")
+    parser.add_argument("parts", nargs="*", help=", ".join(SHARES))
     parser.add_argument("--data", type=Path, help="folder with the paper's data")
     parser.add_argument("--data-dir", type=Path, help="folder with benchmarks, for crowns")
     parser.add_argument("--share", type=int, help="take one in so many texts and rows")
@@ -69,6 +70,8 @@ def main() -> None:
         if given.data_dir is None:
             parser.error("crowns reads XCOPA; give the folder that holds it by --data-dir")
         crowns.run(given.model or BIG, given.data_dir)
+    elif part == "search":
+        search_cost.run(given.model or SMALL, data)
     else:
         large.run(given.model or SMALL, data, given.model_folder)
 
@@ -83,6 +86,7 @@ def fill_page() -> None:
         ("floor", floor),
         ("crowns", crowns),
         ("large", large),
+        ("search", search_cost),
     ):
         if part in results:
             result = results[part]

@@ -167,9 +167,15 @@ def test_replies_are_scored_as_by_the_whole_model(config: RunConfig, llama: Lang
 class Staged:
     """A workbench whose gate fails where it is told to; notes what was measured."""
 
-    def __init__(self, holding: dict[str, tuple[float, ...]], error: Exception | None = None):
+    def __init__(
+        self,
+        holding: dict[str, tuple[float, ...]],
+        error: Exception | None = None,
+        peak: float = 9.0,
+    ):
         self.holding = holding
         self.error = error
+        self.peak = peak  # the strength of the highest gain
         self.measured: list[tuple[str, tuple[float, ...]]] = []
 
     def stages(self, sample: object) -> tuple[str, ...]:
@@ -190,7 +196,11 @@ class Staged:
         self, runs: object, strengths: tuple[float, ...], sample: object
     ) -> tuple[Point, ...]:
         holding = self.holding[self.measured[-1][0]]
-        return tuple(Point(s, Figure(s, 0, 2 * s), s, s, s in holding, "", ()) for s in strengths)
+        gains = [min(s, 2 * self.peak - s) for s in strengths]
+        return tuple(
+            Point(s, Figure(gain, gain, gain), s, s, s in holding, "", ())
+            for s, gain in zip(strengths, gains, strict=True)
+        )
 
 
 def run(bench: Staged, stop: str = "") -> Any:
@@ -200,7 +210,9 @@ def run(bench: Staged, stop: str = "") -> Any:
 def test_a_strength_at_which_the_gate_fails_is_not_measured_further() -> None:
     bench = Staged({"texts": (0.5, 1.0), "chat": (0.5,), "answers": (0.5,)})
     trial = run(bench)
-    assert bench.measured == [("texts", (0.5, 1.0, 2.0)), ("chat", (0.5, 1.0)), ("answers", (0.5,))]
+    texts = [("texts", (strength,)) for strength in (0.5, 1.0, 2.0)]
+    chat = [("chat", (strength,)) for strength in (0.5, 1.0)]
+    assert bench.measured == [*texts, *chat, ("answers", (0.5,))]
     assert trial.outcome == "measured"
     assert [(p.strength, p.holds) for p in trial.points] == [
         (0.5, True),
@@ -209,19 +221,39 @@ def test_a_strength_at_which_the_gate_fails_is_not_measured_further() -> None:
     ]
 
 
+def test_a_strength_above_one_at_which_the_gate_fails_is_not_measured() -> None:
+    bench = Staged({"texts": (0.5, 2.0), "chat": (0.5,)})
+    trial = run(bench)
+    texts = [("texts", (strength,)) for strength in (0.5, 1.0)]
+    assert bench.measured == [*texts, ("chat", (0.5,))]
+    assert [(p.strength, p.holds) for p in trial.points] == [(0.5, True), (1.0, False)]
+
+
+def test_the_last_stage_stops_where_the_gain_falls() -> None:
+    everywhere = (0.5, 1.0, 2.0)
+    bench = Staged({"texts": everywhere, "chat": everywhere}, peak=0.7)
+    trial = run(bench)
+    texts = [("texts", (strength,)) for strength in everywhere]
+    assert bench.measured == [*texts, ("chat", (0.5,)), ("chat", (1.0,))]
+    assert [p.strength for p in trial.points] == [0.5, 1.0]
+    assert trial.best is not None
+    assert trial.best.strength == 0.5
+
+
 def test_a_trial_stops_where_the_gate_fails_at_every_strength() -> None:
     bench = Staged({"texts": (), "chat": (0.5,)})
     trial = run(bench)
     assert [stage for stage, _ in bench.measured] == ["texts"]
     assert (trial.outcome, trial.best) == ("stopped", None)
     assert "the gate fails at every strength on texts" in trial.reason
-    assert len(trial.points) == 3
+    assert [(p.strength, p.holds) for p in trial.points] == [(0.5, False)]
+    assert run(Staged({"texts": ()})).outcome == "measured"
 
 
 def test_a_trial_stops_where_it_is_told_to_but_not_after_the_last_stage() -> None:
     bench = Staged({"texts": (0.5,), "chat": (0.5,)})
     assert run(bench, "worse").reason == "worse"
-    assert len(bench.measured) == 1
+    assert {stage for stage, _ in bench.measured} == {"texts"}
     assert run(Staged({"texts": (0.5,)}), "worse").outcome == "measured"
 
 

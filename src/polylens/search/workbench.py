@@ -246,8 +246,9 @@ def run_trial(
 ) -> Trial:
     """Train and measure one trial.
 
-    A strength at which the gate fails is not measured further: all its checks must hold, so the
-    rest cannot mend it. Where none is left, the trial stops.
+    Each stage climbs the dial: a strength above one at which the gate fails is not measured, as the
+    dial would never be turned there. Nor, in the last stage, one above a strength at which the
+    gain is lower than below. Where the gate holds at no strength, the trial stops.
 
     Args:
         bench: see `Workbench`.
@@ -264,23 +265,32 @@ def run_trial(
     except (ConfigError, SubspaceError, TrainingError) as error:
         return Trial(number, settings, "refused", str(error), (), seconds)
     stages = bench.stages(sample)
-    runs: list[TaskRun] = []
-    left, given_up, reason = tuple(strengths), {}, ""
+    # Strength → what was measured of it in all stages, the untouched model's side first.
+    runs: dict[float, list[TaskRun]] = {strength: [] for strength in strengths}
+    points: dict[float, Point] = {}
+    reason = ""
     for stage in stages:
+        is_last = stage == stages[-1]
+        holding: list[Point] = []
         with _timed(seconds, stage):
-            runs += bench.measure(delta, left, sample, stage)
-        points = bench.points(runs, left, sample)
-        if stage == stages[-1]:
+            for strength in list(runs):
+                runs[strength] += bench.measure(delta, (strength,), sample, stage)
+                (point,) = bench.points(runs[strength], (strength,), sample)
+                points[strength] = point
+                if not point.holds:
+                    break
+                holding.append(point)
+                if is_last and len(holding) > 1 and point.gain.value < holding[-2].gain.value:
+                    break
+        if is_last:
             break
-        holding = tuple(point for point in points if point.holds)
         reason = stop(stage, holding) if holding else f"the gate fails at every strength on {stage}"
         if reason:
             break
-        given_up.update({point.strength: point for point in points if not point.holds})
-        runs = [TaskRun(run.task, run.examples[: 1 + len(holding)]) for run in runs]
-        left = tuple(point.strength for point in holding)
-    by_strength = given_up | {point.strength: point for point in points}
-    everything = tuple(by_strength[strength] for strength in sorted(by_strength))
+        runs = {point.strength: runs[point.strength] for point in holding}
+    failing = {strength: point for strength, point in points.items() if not point.holds}
+    shown = failing | {point.strength: point for point in holding}
+    everything = tuple(shown[strength] for strength in sorted(shown))
     return Trial(number, settings, "stopped" if reason else "measured", reason, everything, seconds)
 
 

@@ -1,0 +1,98 @@
+"""How many settings a search tries in the time that the plain reference trains three times.
+
+The search is `polylens search` as it comes, in seven languages on the starter corpus, with no
+states kept from before. The reference probes and trains once with the published settings on the
+given data; its cost grows with the tokens, so that it runs on a share of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import reference
+from common import LANGUAGES, Data, open_quietly, record
+from polylens import load_config
+from polylens.config import Runtime
+from polylens.machine import keeping_freed_memory
+from polylens.search import Trial, search
+from polylens.states_cache import fresh_hidden_states
+
+N_REFERENCE_RUNS = 3
+MAX_TRIALS = 1000
+
+
+class _Spent(Exception):
+    """The time is over."""
+
+
+def run(name: str, data: Data) -> None:
+    """Measure and record."""
+    one = data.share * _reference_seconds(name, data)
+    print(f"one run of the reference: {one:.0f} s", flush=True)
+    trials: list[dict[str, Any]] = []
+    started = time.perf_counter()
+
+    def note(trial: Trial) -> None:
+        spent = time.perf_counter() - started
+        if spent > N_REFERENCE_RUNS * one:
+            raise _Spent
+        trials.append({"at": spent, **trial.seconds})
+        print(trial.number, trial.outcome, trials[-1], flush=True)
+
+    config = load_config(None, {"model": name, "languages": ",".join(LANGUAGES[1:])})
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Spent):
+        search(
+            config,
+            Path(folder) / "search",
+            n_trials=MAX_TRIALS,
+            runtime=Runtime(dtype="float32"),
+            collect=fresh_hidden_states,
+            on_trial=note,
+        )
+    result = {
+        "model": name,
+        "data": data.name,
+        "share": data.share,
+        "reference_run": one,
+        "trials": trials,
+    }
+    record("search", result)
+    print(table(result))
+
+
+def _reference_seconds(name: str, data: Data) -> float:
+    model = open_quietly(name, dtype="float32")
+    texts, prompts = data.texts(model), data.rows(model)
+    trainee = copy.deepcopy(model.causal_lm)
+    started = time.perf_counter()
+    with keeping_freed_memory():
+        found = reference.probe(model.causal_lm, texts)
+        reference.train(trainee, model.causal_lm, prompts.ids, prompts.rows, found, LANGUAGES)
+    return time.perf_counter() - started
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the result as it stands in docs/performance.md."""
+    trials, one = result["trials"], result["reference_run"]
+    lines = ["| runs of the reference | minutes | trials in that time |", "|-|-|-|"]
+    for runs in range(1, N_REFERENCE_RUNS + 1):
+        n = sum(trial["at"] <= runs * one for trial in trials)
+        lines.append(f"| {runs} | {runs * one / 60:.0f} | {n} |")
+    training = sum(trial["training"] for trial in trials) / len(trials)
+    measuring = sum(trial.get("texts", 0.0) for trial in trials) / len(trials)
+    share = "" if result["share"] == 1 else f" ({result['share']} times what a share of it took)"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['model']}, seven languages, float32. A trial was trained for "
+            f"{training:.0f} s and measured for {measuring:.0f} s in the mean, trunk passes among "
+            "it. The search trains on 64 rows of the starter corpus, the reference on the paper's "
+            f"data{share}.",
+        ]
+    )
