@@ -9,6 +9,7 @@ so that a row's translations do not count as independent examples.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -40,10 +41,16 @@ NAMES = {
 FORECAST = ("default", "answers")  # what `polylens doctor --forecast` speaks of
 # The search's settings for one language, trained on seven, beside what needs no search.
 SEARCHED = ("default", "searched", "searched-half", "answers")
+# The default preset, and the same with each token's state held.
+HOLDING = ("default", "default-slow", "default-slower", "hold", "hold10", "hold-slower")
 MAIN = (
     "paper",
     "default",
     "default-quarter",
+    "hold",
+    "hold10",
+    "hold-slower",
+    "hold10-slower",
     "answers",
     "answers-64",
     "answers-64-quarter",
@@ -183,12 +190,22 @@ COLUMNS = (
     LETTERS,
     CONTINUATION,
 )
+# Of answers under a repetition penalty, the same for every side.
+PENALISED = tuple(
+    dataclasses.replace(one, suffix="_penalised")
+    for one in (FIDELITY, REPEATING, ECHOING, SOUND, LENGTH)
+)
 
 
-def table(sides: Mapping[str, Side], chosen: Sequence[str], languages: Sequence[str]) -> str:
+def table(
+    sides: Mapping[str, Side],
+    chosen: Sequence[str],
+    languages: Sequence[str],
+    columns: Sequence[Column] = COLUMNS,
+) -> str:
     """One row a setting, one column a figure that was measured."""
     base = sides["base"]
-    columns = [one for one in COLUMNS if one.of(languages, base)]
+    columns = [one for one in columns if one.of(languages, base)]
     is_gated = CENTRAL in languages
     head = ["setting", "seeds", *(one.title for one in columns), *["gate"] * is_gated]
     lines = [f"| {' | '.join(head)} |", f"|{'-|' * len(head)}"]
@@ -311,6 +328,8 @@ STEPS = (
     ("no-separate", "auto", "separate"),
     ("no-retain", "default", "retain mean states"),
     ("auto", "complement", "align in all that is not specific, not in one dimension"),
+    ("default", "hold", "retain each token's state, of the targets too, not English mean states"),
+    ("hold", "hold10", "the same, at ten times the weight"),
     ("layers1", "auto", "train two layers, not one"),
     ("auto", "layers4", "train four layers, not two"),
     ("rows25", "rows50", "48 rows, not 24"),
@@ -334,6 +353,27 @@ def steps_table(sides: Mapping[str, Side]) -> str:
             ]
             lines.append(f"| {what} | {before}, {after} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def models_table(settings: Sequence[str]) -> str | None:
+    """What some settings do to every model, on the development rows; None where none is kept."""
+    head = ["model", "setting", "replies, %", "texts, %", "of one language at worst, %"]
+    head += ["English: replies, %", "texts, %", "gate"]
+    lines = [f"| {' | '.join(head)} |", f"|{'-|' * len(head)}"]
+    for model, title in NAMES.items():
+        sides = read(model, "development")
+        for name in settings:
+            if name not in sides:
+                continue
+            base, side = sides["base"], sides[name]
+            compared = {k: compare(base, side, TEXTS.of([k], base)) for k in LANGUAGES}
+            changes = {k: one.difference for k, one in compared.items() if one is not None}
+            worst = max(changes, key=lambda k: changes[k])
+            cells = [column.cell(base, side, LANGUAGES) for column in (REPLIES, TEXTS)]
+            cells.append(f"{worst} {TEXTS.cell(base, side, [worst])}")
+            cells += [column.cell(base, side, (CENTRAL,)) for column in (REPLIES, TEXTS)]
+            lines.append(f"| {' | '.join([title, name, *cells, gate(base, side)])} |")
+    return "\n".join(lines) if len(lines) > 2 else None
 
 
 def steering_table(model: str) -> str | None:
@@ -409,6 +449,8 @@ def blocks() -> dict[str, str]:
     found = {}
     if cases := forecast_cases(FORECAST):
         found["forecast"] = forecast_block(cases, FORECAST)
+    if compared := models_table(HOLDING):
+        found["holding"] = compared
     for model in NAMES:
         if steered := steering_table(model):
             found[f"{model} steering"] = steered
@@ -425,6 +467,13 @@ def blocks() -> dict[str, str]:
                 found[f"{model} steps"] = steps_table(sides)
                 found[f"{model} searched"] = languages_table(sides, SEARCHED, (REPLIES, TEXTS))
             else:
+                penalised = [
+                    one for one in chosen if one in sides and PENALISED[0].of(LANGUAGES, sides[one])
+                ]
+                found[f"{model} penalised targets"] = table(sides, penalised, LANGUAGES, PENALISED)
+                found[f"{model} penalised languages"] = languages_table(
+                    sides, penalised, [one for one in PENALISED if one.percent]
+                )
                 found[f"{model} seeds"] = seed_spread(sides, chosen)
                 found[f"{model} languages"] = languages_table(
                     sides, chosen, (TEXTS, FIDELITY, REPEATING, SOUND)

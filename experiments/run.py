@@ -1,7 +1,7 @@
 """Train and measure named settings, and keep every example's value.
 
     python experiments/run.py MODEL SETTING [SETTING …] [--seeds 0,1,2] [--split report]
-        [--parts texts,replies,choices,answers,xcopa,xcopa_letters] [--limit N]
+        [--parts texts,replies,choices,answers,penalised,xcopa,xcopa_letters] [--limit N]
 
 One trunk pass serves all settings of a seed wherever likelihoods are asked for. Each finished part
 is kept, in experiments/results/MODEL/SPLIT/, so that a run that was stopped goes on.
@@ -25,6 +25,7 @@ from design import (
     CENTRAL,
     LANGUAGES,
     MAX_NEW_TOKENS,
+    REPETITION_PENALTY,
     SETTINGS,
     Setting,
     measured_rows,
@@ -53,14 +54,13 @@ from polylens.evaluation.suite import Suite, measure_texts, run_suite
 from polylens.evaluation.tasks import choose_tasks
 from polylens.journal import versions
 from polylens.models.loading import LanguageModel
-from polylens.progress import silent
 from polylens.prompts import choose_format, encode_parallel, encode_texts
 from polylens.shortfall import measure_shortfall, strengths_of
 from polylens.steps import encode_shared, probe_prompts, train_prompts
 
 HERE = Path(__file__).parent
 DELTAS = Path("runs/experiments")
-PARTS = ("texts", "replies", "choices", "xcopa_letters", "xcopa", "answers")
+PARTS = ("texts", "replies", "choices", "xcopa_letters", "xcopa", "answers", "penalised")
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="+", choices=SETTINGS)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--split", choices=("development", "report"), default="development")
-    parser.add_argument("--parts", default=",".join(PARTS[:-1]))
+    parser.add_argument("--parts", default=",".join(PARTS[:-2]))
     parser.add_argument("--limit", type=int, default=32, help="held-out rows")
     parser.add_argument("--examples", type=int, help="examples of a benchmark and language")
     parser.add_argument("--data-dir", type=Path, required=True, help="has lens, xcopa and copa")
@@ -236,13 +236,26 @@ def _measurers(given: argparse.Namespace) -> dict[str, Callable[..., list[TaskRu
         "answers": lambda model, some, heldout: _answers(
             model, some, heldout, DELTAS / given.model / f"answers-{given.split}"
         ),
+        "penalised": lambda model, some, heldout: _answers(
+            model,
+            some,
+            heldout,
+            DELTAS / given.model / f"answers-{given.split}-penalised",
+            REPETITION_PENALTY,
+            "_penalised",
+        ),
         "xcopa": benchmark("xcopa"),
         "xcopa_letters": benchmark("xcopa_letters"),
     }
 
 
 def _answers(
-    model: LanguageModel, some: Mapping[str, Candidate], heldout: Heldout, folder: Path
+    model: LanguageModel,
+    some: Mapping[str, Candidate],
+    heldout: Heldout,
+    folder: Path,
+    repetition_penalty: float = 1.0,
+    suffix: str = "",
 ) -> list[TaskRun]:
     """What can be told of answers; they themselves are kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,11 +264,14 @@ def _answers(
         path = folder / f"{name}.jsonl"
         if not path.exists():
             with candidate.applied(model.structure):
-                write_answers(path, answer(model, heldout, MAX_NEW_TOKENS, silent))
+                found = answer(
+                    model, heldout, MAX_NEW_TOKENS, repetition_penalty=repetition_penalty
+                )
+            write_answers(path, found)
         sides.append(read_answers(path))
     return [
         TaskRun(
-            Task(f"{what}_{language}", language, "answers", what, what not in BAD),
+            Task(f"{what}_{language}{suffix}", language, "answers", what, what not in BAD),
             tuple(
                 tuple(
                     Example(str(one.id), float(value(one)))

@@ -72,6 +72,10 @@ def test_the_resolved_file_gives_the_same_run(tmp_path: Path) -> None:
             },
             "at least one of align_weight",
         ),
+        (
+            {"languages": "sw", "train.retain_targets": True, "train.position": "mean"},
+            "position 'mean' moves; use position 'last' or 'answer'",
+        ),
     ],
 )
 def test_faults(overrides: dict[str, object], message: str) -> None:

@@ -488,6 +488,83 @@ def test_retained_distributions_are_those_of_the_whole_model(
     assert logged[1]["retain"] == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.parametrize("retain", ["states", "tokens", "distribution"])
+@pytest.mark.parametrize("with_prefix", [True, False])
+def test_prompts_of_targets_are_retained_but_for_their_last_token(
+    tiny_model: LanguageModel, retain: str, with_prefix: bool
+) -> None:
+    """After one step on all rows, against transformers' own states and logits before and after."""
+    prefix = [7, 8, 9, 10, 11, 12] if with_prefix else []
+    subspaces, parallel = setting(tiny_model, prefix=prefix)
+    ids, rows = prompts()
+
+    def trained(epochs: int) -> TrainingResult:
+        settings = TrainSettings(
+            **{**SETTINGS, "batch_size": N_ROWS, "epochs": epochs},
+            retain=retain,
+            retain_targets=True,
+        )
+        return train_crown(tiny_model.structure, subspaces, parallel, settings, token_budget=24)
+
+    logged = trained(2).log
+    delta = CrownDelta(trained(1).changes, {"layers": (N_LAYERS - 2, N_LAYERS - 1)})
+    n_shared = parallel.states.prefix_length if retain == "distribution" else 0
+
+    @torch.no_grad()
+    def read(language: str) -> list[torch.Tensor]:
+        """What is retained of each prompt, (n_tokens, n): states, their mean, or log p."""
+        found = []
+        for row in rows:
+            if language not in row:
+                continue
+            whole = tiny_model.causal_lm(
+                torch.tensor([[*prefix, *ids[row[language]]]]), output_hidden_states=True
+            )
+            one = whole.logits if retain == "distribution" else whole.hidden_states[-1]
+            end = None if language == "en" else -1
+            one = one[0, n_shared:end]
+            found.append(one.mean(0, keepdim=True) if retain == "states" else one)
+        return [one.log_softmax(-1) for one in found] if retain == "distribution" else found
+
+    before = {language: read(language) for language in LANGUAGES}
+    with delta.applied(tiny_model.structure):
+        after = {language: read(language) for language in LANGUAGES}
+    for language in LANGUAGES:
+        losses = [
+            (b.exp() * (b - a)).sum(-1).mean()
+            if retain == "distribution"
+            else (b - a).square().mean()
+            for b, a in zip(before[language], after[language], strict=True)
+        ]
+        expected = float(torch.stack(losses).mean())
+        assert expected > 0
+        name = "retain" if language == "en" else f"retain.{language}"
+        assert logged[0][name] == pytest.approx(0, abs=1e-7)
+        assert logged[1][name] == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_loss_that_retained_tokens_start_without_is_no_divergence(llama: LanguageModel) -> None:
+    how = {"strength": 0.0, "align_weight": 0.01, "retain": "tokens", "retain_weight": 20.0}
+    log = train(llama, **how, retain_targets=True, epochs=8).log
+    losses = [entry["loss"] for entry in log]
+    assert max(losses) > 10 * losses[0]
+    assert losses[-1] < max(losses)
+
+
+def test_a_prompt_of_one_token_has_nothing_to_retain(llama: LanguageModel) -> None:
+    subspaces, _ = setting(llama)
+    lone = [[20], [90, 91], [150]]
+    keep = Keep(boundary_layers=(N_LAYERS - 2, N_LAYERS - 1), final=True)
+    states = collect_hidden_states(llama.structure, lone, keep)
+    rows = ({"en": 0, "sw": 1, "zh": 2},)
+    settings = TrainSettings(**SETTINGS, retain="distribution", retain_targets=True)
+    result = train_crown(
+        llama.structure, subspaces, ParallelStates(states, rows, "en"), settings, token_budget=24
+    )
+    assert all("retain.zh" not in entry for entry in result.log)
+    assert result.log[-1]["retain.sw"] > 0
+
+
 def test_retaining_distributions_holds_them(llama: LanguageModel) -> None:
     held, free = (
         train(llama, retain="distribution", retain_weight=weight, epochs=8).log[-1]["retain"]

@@ -119,10 +119,15 @@ class TrainSettings(CrownSettings):
     align_weight: Weight = Field(1.0, description="Weight of the align loss.")
     separate_weight: Weight = Field(1.0, description="Weight of the separate loss.")
     retain_weight: Weight = Field(1.0, description="Weight of the retain loss.")
-    retain: Literal["states", "distribution"] = Field(
+    retain: Literal["states", "tokens", "distribution"] = Field(
         "states",
-        description="What of the central language is retained: mean 'states', as published, or the "
-        "'distribution' of each next token.",
+        description="What of the central language's prompts is retained: mean 'states', as "
+        "published, the state of each of the 'tokens', or the 'distribution' of each next token.",
+    )
+    retain_targets: bool = Field(
+        False,
+        description="Retain the target languages' prompts, too, but for the last token, which is "
+        "to move.",
     )
     answer_weight: Weight = Field(
         0.0,
@@ -165,6 +170,15 @@ class TrainSettings(CrownSettings):
         weights = ("align_weight", "separate_weight", "retain_weight", "answer_weight")
         if not any(getattr(self, name) for name in weights):
             raise ValueError(f"at least one of {', '.join(weights)} must be above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _moved_or_retained(self) -> TrainSettings:
+        if self.retain_targets and self.position in ("mean", "all"):
+            raise ValueError(
+                "retain_targets holds the tokens before a prompt's last one, which position "
+                f"'{self.position}' moves; use position 'last' or 'answer'"
+            )
         return self
 
     def strength_of(self, language: str) -> float:
@@ -378,6 +392,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "separate_weight": 1.0,
             "retain_weight": 1.0,
             "retain": "states",
+            "retain_targets": False,
             "answer_weight": 0.0,
             "update_rank": None,
             "learning_rate": 1e-5,

@@ -88,6 +88,8 @@ class LensObjective:
             for length, n in zip(parallel.states.lengths.tolist(), n_answer, strict=True)
         ]
         self._compares = settings.align_weight > 0 or settings.separate_weight > 0
+        self._retains_targets = settings.retain_weight > 0 and settings.retain_targets
+        self._n_shared = parallel.states.prefix_length
         # How many of a prompt's last tokens the losses of targets read; None: all of them.
         self._n_read = n_answer if settings.position in ("last", "answer") else None
         self._calls = Calls(structure, parallel.states.prefix_length)
@@ -113,13 +115,22 @@ class LensObjective:
         """What a batch may lose though the first one lost next to nothing.
 
         A first batch may have no answers; one that has them loses up to what a model loses that
-        knows nothing.
+        knows nothing. Retained tokens lose nothing at first, and a tenth of their states' own
+        square while the others still move fast.
         """
-        if self._answers is None:
-            return LEAST_LOSS
-        config = self._crown.structure_[0].causal_lm.config.get_text_config()
-        n_nats = math.log(config.vocab_size)
-        return self._settings.answer_weight * len(self._parallel.targets) * n_nats
+        usual = LEAST_LOSS
+        n_targets = len(self._parallel.targets)
+        if self._answers is not None:
+            config = self._crown.structure_[0].causal_lm.config.get_text_config()
+            n_nats = math.log(config.vocab_size)
+            usual += self._settings.answer_weight * n_targets * n_nats
+        if self._settings.retain_weight > 0 and self._settings.retain == "tokens":
+            n_retained = 1 + n_targets * self._retains_targets
+            states = self._reference(
+                self._parallel.rows[0][self._parallel.central], self._layers[-1]
+            )
+            usual += 0.1 * self._settings.retain_weight * n_retained * float(states.square().mean())
+        return usual
 
     def backward(self, rows: Sequence[int]) -> tuple[float, dict[str, float]]:
         """Add the gradient of a step's loss to the crown's weights.
@@ -156,6 +167,7 @@ class LensObjective:
         settings = self._settings
         names = ["retain"] if settings.retain_weight > 0 else []
         for language in self._parallel.targets:
+            names += [f"retain.{language}"] if self._retains_targets else []
             names += [f"align.{language}"] if settings.align_weight > 0 else []
             names += [f"separate.{language}"] if settings.separate_weight > 0 else []
             names += [f"answer.{language}"] if self._answers is not None else []
@@ -187,23 +199,19 @@ class LensObjective:
         result: dict[str, Tensor] = {}
         if settings.retain_weight > 0:
             prompts = [row[central] for row in of_row]
-            kept = [now[prompt][: self._n_prompt[prompt]] for prompt in prompts]  # no answers
-            if settings.retain == "states":
-                before = [
-                    self._reference(prompt, layer)[: len(states)].mean(0)
-                    for prompt, states in zip(prompts, kept, strict=True)
-                ]
-                means = torch.stack([states.mean(0) for states in kept])
-                result["retain"] = self._retain(means, torch.stack(before))
-            elif layer == self._layers[-1]:
-                result["retain"] = torch.stack(
-                    [self._divergence(*each) for each in zip(kept, prompts, strict=True)]
-                )
+            # Without answers.
+            kept = {prompt: now[prompt][: self._n_prompt[prompt]] for prompt in prompts}
+            result.update(self._retained("retain", layer, kept))
         for language in self._parallel.targets:
             present = [row for row in of_row if language in row]
             if not present:
                 continue
             indices = [row[language] for row in present]
+            if self._retains_targets:
+                # The last token is to move; a prompt of one token has no other.
+                kept = {i: now[i][: self._n_prompt[i] - 1] for i in indices}
+                kept = {i: states for i, states in kept.items() if len(states) > self._n_shared}
+                result.update(self._retained(f"retain.{language}", layer, kept))
             targets = [self._read(now[index], index) for index in indices if self._compares]
             if settings.align_weight > 0:
                 # Tokens of parallel rows do not correspond, so their means are compared.
@@ -220,6 +228,31 @@ class LensObjective:
                 if answered:
                     result[f"answer.{language}"] = self._nats(now, answered)
         return result
+
+    def _retained(self, name: str, layer: int, kept: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Return the retain loss of each prompt, (n_prompts,), by its name; none where none acts.
+
+        Args:
+            name: of the loss.
+            layer: whose states.
+            kept: the states in training that are to stay, by prompt: (n_tokens, hidden_size).
+        """
+        if not kept:
+            return {}
+        if self._settings.retain == "states":
+            before = [self._reference(i, layer)[: len(own)].mean(0) for i, own in kept.items()]
+            means = torch.stack([states.mean(0) for states in kept.values()])
+            return {name: self._retain(means, torch.stack(before))}
+        if self._settings.retain == "tokens":
+            of_tokens = [
+                self._retain(own, self._reference(i, layer)[: len(own)]).mean()
+                for i, own in kept.items()
+            ]
+            return {name: torch.stack(of_tokens)}
+        if layer == self._layers[-1]:  # distributions are of the last layer alone
+            divergences = [self._divergence(states, prompt) for prompt, states in kept.items()]
+            return {name: torch.stack(divergences)}
+        return {}
 
     def _nats(self, now: Mapping[int, Tensor], prompts: Sequence[int]) -> Tensor:
         """Return the cross-entropy of some prompts' answers in nats a token, (n_prompts,).
@@ -284,7 +317,7 @@ class LensObjective:
         last: list[int] = []
         for row in rows:
             for language, index in row.items():
-                if language == central and settings.retain_weight > 0:
+                if settings.retain_weight > 0 and (language == central or self._retains_targets):
                     whole.append(index)
                 elif settings.align_weight > 0 if language == central else self._is_read(index):
                     (whole if self._n_read is None else last).append(index)

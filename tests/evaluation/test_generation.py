@@ -19,10 +19,14 @@ def _prompts() -> list[list[int]]:
     ]
 
 
-def _one_by_one(model: LanguageModel, prompts: list[list[int]]) -> list[str]:
+def _one_by_one(model: LanguageModel, prompts: list[list[int]], penalty: float = 1.0) -> list[str]:
     """What transformers answers to each prompt alone, without padding."""
     settings = GenerationConfig(
-        max_new_tokens=N_NEW, do_sample=False, eos_token_id=EOS_ID, pad_token_id=PAD_ID
+        max_new_tokens=N_NEW,
+        do_sample=False,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+        repetition_penalty=penalty,
     )
     answers = []
     for ids in prompts:
@@ -38,11 +42,27 @@ def _one_by_one(model: LanguageModel, prompts: list[list[int]]) -> list[str]:
 
 
 @pytest.mark.parametrize("token_budget", [1, 4096])
-def test_batches_and_padding_do_not_change_answers(tiny_model, token_budget):
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_batches_and_padding_do_not_change_answers(tiny_model, token_budget, penalty):
     prompts = _prompts()
-    answers = generate_answers(tiny_model, prompts, max_new_tokens=N_NEW, token_budget=token_budget)
-    assert answers == _one_by_one(tiny_model, prompts)
+    answers = generate_answers(
+        tiny_model,
+        prompts,
+        max_new_tokens=N_NEW,
+        repetition_penalty=penalty,
+        token_budget=token_budget,
+    )
+    assert answers == _one_by_one(tiny_model, prompts, penalty)
     assert len(set(answers)) > 1
+
+
+def test_pads_are_not_penalised_and_a_penalty_matters(llama):
+    prompts = _prompts()
+    plain, penalised = (
+        generate_answers(llama, prompts, max_new_tokens=N_NEW, repetition_penalty=penalty)
+        for penalty in (1.0, 3.0)
+    )
+    assert penalised == _one_by_one(llama, prompts, 3.0) != plain
 
 
 def test_the_models_own_generation_settings_are_left_out_and_left_alone(llama):

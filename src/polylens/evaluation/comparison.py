@@ -91,7 +91,12 @@ class Comparison:
 
 
 def answer(
-    model: LanguageModel, heldout: Heldout, max_new_tokens: int, progress: Progress = silent
+    model: LanguageModel,
+    heldout: Heldout,
+    max_new_tokens: int,
+    progress: Progress = silent,
+    *,
+    repetition_penalty: float = 1.0,
 ) -> list[Answer]:
     """Let a model, as it is now, answer every held-out prompt.
 
@@ -100,6 +105,7 @@ def answer(
         heldout: the prompts.
         max_new_tokens: longest answer.
         progress: told the answers done.
+        repetition_penalty: as for `generate_answers`.
     """
     asked = [
         (language, number, row[language])
@@ -109,7 +115,11 @@ def answer(
     ]
     prompts = [heldout.prompts.ids[index] for _, _, index in asked]
     own = generate_answers(
-        model, distributed.own(prompts), max_new_tokens=max_new_tokens, progress=progress
+        model,
+        distributed.own(prompts),
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=repetition_penalty,
+        progress=progress,
     )
     texts = distributed.collect_all(own)
     detected = detect_answers(texts, LanguageDetector(heldout.all_languages))

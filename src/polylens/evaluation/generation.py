@@ -3,7 +3,7 @@
 Prompts of similar length share a batch. Decoding needs left padding and a mask, unlike everything
 else here. A model with a delta applied is just another model. Sampling, penalties and bans that the
 model's own generation settings ask for are left out: before and after must differ by the weights
-alone.
+alone. A repetition penalty that the caller names is the same for both.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def generate_answers(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
+    repetition_penalty: float = 1.0,
     stop_strings: Sequence[str] = (),
     token_budget: int = TOKEN_BUDGET,
     progress: Progress = silent,
@@ -53,6 +54,8 @@ def generate_answers(
         model: the model, as it is now; it is not changed, nor are its generation settings.
         prompts: token ids, at least one each.
         max_new_tokens: longest answer, in tokens.
+        repetition_penalty: logits of tokens that the prompt or the answer has are divided by it
+            where positive, multiplied where negative (Keskar et al. 2019, CTRL, §4.1); 1 is none.
         stop_strings: an answer ends before the first of them.
         token_budget: most tokens of a batch's prompts, with padding; with the answers, eight times
             as many.
@@ -61,13 +64,13 @@ def generate_answers(
     Returns:
         The answers without special tokens or surrounding white space, in the order of the prompts.
     """
-    generator, stops, pad = _make_generator(model, max_new_tokens)
+    generator, stops = _make_generator(model, max_new_tokens, repetition_penalty)
     answers = [""] * len(prompts)
     done = 0
     progress(0, len(prompts), "answers")
     lengths = [max(len(ids), (len(ids) + max_new_tokens) // _GROWTH) for ids in prompts]
     for batch in token_batches(lengths, token_budget, _STEP_COST * max_new_tokens):
-        input_ids, mask = _pad_left([prompts[index] for index in batch], pad)
+        input_ids, mask = _pad_left([prompts[index] for index in batch])
         where = model.structure.device
         stopping = _StopAt(stop_strings, model.tokenizer, input_ids.shape[1])
         with model.structure.runnable():
@@ -108,7 +111,7 @@ def stream_answer(
     Returns:
         The answer, as `generate_answers` gives it, and its number of tokens; what ends it is none.
     """
-    generator, stops, _ = _make_generator(model, max_new_tokens)
+    generator, stops = _make_generator(model, max_new_tokens)
     streamer = _Streamer(model.tokenizer, stops, on_text)
     input_ids = torch.tensor([list(prompt)], device=model.structure.device)
     with model.structure.runnable():
@@ -148,8 +151,10 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]
         return str(self._tokenizer.decode(self.ids, skip_special_tokens=True))
 
 
-def _make_generator(model: LanguageModel, max_new_tokens: int) -> tuple[Any, list[int], int]:
-    """Return what generates, its stop tokens, and a token to pad with.
+def _make_generator(
+    model: LanguageModel, max_new_tokens: int, repetition_penalty: float = 1.0
+) -> tuple[Any, list[int]]:
+    """Return what generates, and its stop tokens.
 
     `generate` fills what a call leaves open from the model's own settings (a repetition penalty,
     banned tokens, …); this copy shares the weights, and has no settings but ours.
@@ -163,8 +168,9 @@ def _make_generator(model: LanguageModel, max_new_tokens: int) -> tuple[Any, lis
         do_sample=False,
         eos_token_id=stops or None,
         pad_token_id=pad,
+        repetition_penalty=repetition_penalty,
     )
-    return generator, stops, pad
+    return generator, stops
 
 
 class _StopAt(StoppingCriteria):  # type: ignore[misc]
@@ -182,12 +188,17 @@ class _StopAt(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(found, device=input_ids.device)
 
 
-def _pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Return (batch, longest) int64 ids, padded on the left, and their mask of real tokens."""
+def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return (batch, longest) int64 ids, padded on the left, and their mask of real tokens.
+
+    A row is padded with its own first token, so that a repetition penalty, which looks at ids
+    without their mask, does not depend on what else is in the batch.
+    """
     longest = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
+    input_ids = torch.empty((len(prompts), longest), dtype=torch.int64)
     mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(prompts):
+        input_ids[row] = ids[0]
         input_ids[row, longest - len(ids) :] = torch.tensor(ids)
         mask[row, longest - len(ids) :] = 1
     return input_ids, mask
