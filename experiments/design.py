@@ -101,6 +101,7 @@ SETTINGS: dict[str, Setting] = {
     "default-slow": Setting("lens", {**PRESETS["default"]["train"], "learning_rate": 2.5e-5}),
     "auto-states10": lens(**_FASTER, strength="auto", retain_weight=10.0),
     "hold": lens(**_HOLD),
+    "hold-push": lens(**{**_HOLD, "strength": 1.0}),
     "hold10": lens(**_HOLD, retain_weight=10.0),
     "hold-slower": lens(**{**_HOLD, **_QWEN_RATE}),
     "hold10-slower": lens(**{**_HOLD, **_QWEN_RATE}, retain_weight=10.0),

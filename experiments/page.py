@@ -42,15 +42,22 @@ FORECAST = ("default", "answers")  # what `polylens doctor --forecast` speaks of
 # The search's settings for one language, trained on seven, beside what needs no search.
 SEARCHED = ("default", "searched", "searched-half", "answers")
 # The default preset, and the same with each token's state held.
-HOLDING = ("default", "default-slow", "default-slower", "hold", "hold10", "hold-slower")
+HOLDING = (
+    "default",
+    "default-slow",
+    "default-slower",
+    "hold",
+    "hold10",
+    "hold-slower",
+    "hold-push",
+)
 MAIN = (
     "paper",
     "default",
     "default-quarter",
     "hold",
     "hold10",
-    "hold-slower",
-    "hold10-slower",
+    "hold-push",
     "answers",
     "answers-64",
     "answers-64-quarter",
