@@ -245,7 +245,7 @@ def test_a_trial_stops_where_the_gate_fails_at_every_strength() -> None:
     trial = run(bench)
     assert [stage for stage, _ in bench.measured] == ["texts"]
     assert (trial.outcome, trial.best) == ("stopped", None)
-    assert "the gate fails at every strength on texts" in trial.reason
+    assert "the gate fails at the lowest strength on texts" in trial.reason
     assert [(p.strength, p.holds) for p in trial.points] == [(0.5, False)]
     assert run(Staged({"texts": ()})).outcome == "measured"
 

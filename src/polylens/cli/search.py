@@ -188,7 +188,7 @@ def describe(trial: Trial) -> str:
     if trial.outcome != "measured":
         return f"{start}{trial.outcome}, {trial.reason}"
     if point is None:
-        return f"{start}the gate fails at every strength"
+        return f"{start}the gate fails at the lowest strength"
     return f"{start}gain {point.gain} % at strength {point.strength:g}"
 
 

@@ -284,7 +284,9 @@ def run_trial(
                     break
         if is_last:
             break
-        reason = stop(stage, holding) if holding else f"the gate fails at every strength on {stage}"
+        reason = (
+            stop(stage, holding) if holding else f"the gate fails at the lowest strength on {stage}"
+        )
         if reason:
             break
         runs = {point.strength: runs[point.strength] for point in holding}
