@@ -223,7 +223,9 @@ def table(
         cells = [one.cell(base, side, languages) for one in columns]
         if is_gated:
             cells.append(gate(base, side) if side is not base else "")
-        seeds = "" if name == "base" else str(len(side.contents))
+        of_first = columns[0].of(languages, side) if columns else []
+        n_seeds = sum(all(one in seed for one in of_first) for seed in side.tasks)
+        seeds = "" if name == "base" else str(n_seeds)
         lines.append(f"| {' | '.join([name, seeds, *cells])} |")
     return "\n".join(lines)
 
