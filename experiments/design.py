@@ -22,7 +22,7 @@ LANGUAGES = ("zh", "ja", "ko", "ar", "bn", "sw")
 BENCHMARK_LANGUAGES = ("en", "zh", "sw")
 N_HELDOUT = 32
 MAX_NEW_TOKENS = 48
-# What Qwen's own instruct models of this size are shipped with; a GGUF file leaves it out.
+# Common in the generation settings that models are shipped with; a GGUF file leaves them out.
 REPETITION_PENALTY = 1.1
 
 Split = Literal["development", "report"]

@@ -73,14 +73,17 @@ class SeparateLoss:
 
 @dataclass(frozen=True)
 class RetainLoss:
-    """‖mean(h_c) - mean(h_c°)‖² / d, means over real tokens: the central language stays."""
+    """‖mean(h_c) - mean(h_c°)‖² / d, means over real tokens: the central language stays.
+
+    With single tokens' states in place of means, and of any language, each of those stays.
+    """
 
     def __call__(self, central: Tensor, reference: Tensor) -> Tensor:
         """Return the loss of each row, (batch,).
 
         Args:
-            central: (batch, hidden_size), token means of the model in training.
-            reference: (batch, hidden_size), token means of the untouched model.
+            central: (batch, hidden_size), token means or states of the model in training.
+            reference: (batch, hidden_size), the same of the untouched model.
         """
         return (central - reference).square().mean(-1)
 

@@ -35,8 +35,8 @@ class TrainingResult:
     Attributes:
         changes: parameter name → change, float32.
         log: one entry an optimizer step: step, learning_rate, loss, gradient_norm, and each loss's
-            unweighted value as "retain", "align.<language>", "separate.<language>",
-            "answer.<language>" (nats a token).
+            unweighted value as "retain", "retain.<language>", "align.<language>",
+            "separate.<language>", "answer.<language>" (nats a token).
     """
 
     changes: dict[str, Tensor]

@@ -240,7 +240,7 @@ def test_the_last_stage_stops_where_the_gain_falls() -> None:
     assert trial.best.strength == 0.5
 
 
-def test_a_trial_stops_where_the_gate_fails_at_every_strength() -> None:
+def test_a_trial_stops_where_the_gate_fails_at_the_lowest_strength() -> None:
     bench = Staged({"texts": (), "chat": (0.5,)})
     trial = run(bench)
     assert [stage for stage, _ in bench.measured] == ["texts"]

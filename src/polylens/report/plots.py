@@ -49,7 +49,7 @@ def loss_curves(log: Sequence[Mapping[str, float]]) -> go.Figure:
     languages = [
         name.partition(".")[2]
         for name in log[0]
-        if name.startswith(("separate.", "align.", "answer."))
+        if name.startswith(("separate.", "align.", "answer.", "retain."))
     ]
     colours = language_colours(list(dict.fromkeys(languages)), "")
     shown: set[str] = set()

@@ -248,7 +248,7 @@ def run_trial(
 
     Each stage climbs the dial: a strength above one at which the gate fails is not measured, as the
     dial would never be turned there. Nor, in the last stage, one above a strength at which the
-    gain is lower than below. Where the gate holds at no strength, the trial stops.
+    gain is lower than below. Where the gate fails at the lowest strength, the trial stops.
 
     Args:
         bench: see `Workbench`.
