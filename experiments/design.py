@@ -64,7 +64,9 @@ def lens(**settings: Any) -> Setting:
 _FASTER = {"learning_rate": 1e-4, "epochs": 3}
 _KL = {**_FASTER, "retain": "distribution"}
 _AUTO = {**_KL, "strength": "auto"}
-_HOLD = {**_FASTER, "strength": "auto", "retain": "tokens", "retain_targets": True}
+# The default preset until it held each token.
+_STATES = {**_FASTER, "strength": "auto"}
+_SWAHILI = {language: float(language == "sw") for language in LANGUAGES}
 # The same share of a state's length a step as 1e-4 is where states have 576 dimensions.
 _QWEN_RATE = {"learning_rate": 3.75e-5}
 
@@ -95,28 +97,34 @@ SETTINGS: dict[str, Setting] = {
     "auto-kl10-half": Setting("lens", {**_PAPER, **_AUTO, "retain_weight": 10.0}, dial=0.5),
     "auto-kl10-slow": lens(**{**_AUTO, "learning_rate": 1e-5}, retain_weight=10.0),
     "answer-kl10": lens(**_AUTO, position="answer", retain_weight=10.0),
+    "states": lens(**_STATES),
+    "states-half": Setting("lens", {**_PAPER, **_STATES}, dial=0.5),
+    "states-quarter": Setting("lens", {**_PAPER, **_STATES}, dial=0.25),
+    "states-slow": lens(**{**_STATES, "learning_rate": 2.5e-5}),
+    "states-slower": lens(**{**_STATES, **_QWEN_RATE}),
+    "auto-states10": lens(**_STATES, retain_weight=10.0),
     "default": Setting("lens", PRESETS["default"]["train"]),
-    "default-half": Setting("lens", PRESETS["default"]["train"], dial=0.5),
-    "default-quarter": Setting("lens", PRESETS["default"]["train"], dial=0.25),
-    "default-slow": Setting("lens", {**PRESETS["default"]["train"], "learning_rate": 2.5e-5}),
-    "auto-states10": lens(**_FASTER, strength="auto", retain_weight=10.0),
-    "hold": lens(**_HOLD),
-    "hold-push": lens(**{**_HOLD, "strength": 1.0}),
-    "hold10": lens(**_HOLD, retain_weight=10.0),
-    "hold-slower": lens(**{**_HOLD, **_QWEN_RATE}),
-    "hold10-slower": lens(**{**_HOLD, **_QWEN_RATE}, retain_weight=10.0),
-    "default-slower": lens(**{**_FASTER, **_QWEN_RATE}, strength="auto"),
+    "default10": Setting("lens", {**PRESETS["default"]["train"], "retain_weight": 10.0}),
+    "default-slower": Setting("lens", {**PRESETS["default"]["train"], **_QWEN_RATE}),
+    "default10-slower": Setting(
+        "lens", {**PRESETS["default"]["train"], **_QWEN_RATE, "retain_weight": 10.0}
+    ),
+    "default-push": Setting("lens", {**PRESETS["default"]["train"], "strength": 1.0}),
+    "default-swahili": Setting("lens", {**PRESETS["default"]["train"], "strength": _SWAHILI}),
+    "default10-swahili": Setting(
+        "lens", {**PRESETS["default"]["train"], "strength": _SWAHILI, "retain_weight": 10.0}
+    ),
     "rank16": lens(**{**_AUTO, "learning_rate": 1e-3}, update_rank=16),
     "answer": lens(**_AUTO, position="answer"),
     "answer-states": lens(**_FASTER, position="answer"),
     "no-align": lens(**_AUTO, align_weight=0.0),
     "no-separate": lens(**_AUTO, separate_weight=0.0),
-    "no-retain": lens(**_FASTER, strength="auto", retain_weight=0.0),
+    "no-retain": lens(**_STATES, retain_weight=0.0),
     "layers1": lens(**_AUTO, layers=1),
     "layers4": lens(**_AUTO, layers=4),
     "rows25": Setting("lens", {**_PAPER, **_AUTO}, rows=24),
     "rows50": Setting("lens", {**_PAPER, **_AUTO}, rows=48),
-    "small-batch": lens(**_FASTER, strength="auto", batch_size=2),
+    "small-batch": lens(**_STATES, batch_size=2),
     "complement": Setting("lens", {**_PAPER, **_AUTO}, probe={"agnostic": "complement"}),
     "searched": Setting("lens", _SEARCHED, dial=0.25),
     "searched-half": Setting("lens", _SEARCHED, dial=0.5),
@@ -132,9 +140,7 @@ SETTINGS: dict[str, Setting] = {
     "answers-64": Setting("lens", _ANSWERS_64),
     "answers-64-half": Setting("lens", _ANSWERS_64, dial=0.5),
     "answers-64-quarter": Setting("lens", _ANSWERS_64, dial=0.25),
-    "answers-lens": lens(
-        **_FASTER, strength="auto", answer_weight=1.0, max_answer_tokens=64, batch_size=2
-    ),
+    "answers-lens": lens(**_STATES, answer_weight=1.0, max_answer_tokens=64, batch_size=2),
     "sft-lora": Setting("sft-lora"),
     "sft-lora-replay": Setting("sft-lora", {"replay_ratio": 0.5}),
     "pretraining": Setting("pretraining"),

@@ -40,24 +40,25 @@ NAMES = {
 }
 FORECAST = ("default", "answers")  # what `polylens doctor --forecast` speaks of
 # The search's settings for one language, trained on seven, beside what needs no search.
-SEARCHED = ("default", "searched", "searched-half", "answers")
-# The default preset, and the same with each token's state held.
+SEARCHED = ("states", "searched", "searched-half", "answers")
+# The default preset, which holds each token's state, and what it was before.
 HOLDING = (
+    "states",
+    "states-slow",
+    "states-slower",
     "default",
-    "default-slow",
+    "default10",
     "default-slower",
-    "hold",
-    "hold10",
-    "hold-slower",
-    "hold-push",
 )
 MAIN = (
     "paper",
+    "states",
+    "states-quarter",
     "default",
-    "default-quarter",
-    "hold",
-    "hold10",
-    "hold-push",
+    "default10",
+    "default-push",
+    "default-swahili",
+    "default10-swahili",
     "answers",
     "answers-64",
     "answers-64-quarter",
@@ -324,8 +325,8 @@ def _gains(sides: Mapping[str, Side], setting: str, language: str) -> Gains:
 
 # What each of these changes in the one before it; on the development rows.
 STEPS = (
-    ("faster", "default", "push by what answers lack, not all alike"),
-    ("default", "auto", "retain the distribution, not mean states"),
+    ("faster", "states", "push by what answers lack, not all alike"),
+    ("states", "auto", "retain the distribution, not mean states"),
     ("auto-states10", "auto-kl10", "the same, at ten times the weight"),
     ("no-align", "auto", "align"),
     ("auto-kl10", "answer-kl10", "act along a reply, not at the last prompt token"),
@@ -335,15 +336,15 @@ STEPS = (
     ("answers-retain", "answers", "retain nothing while learning answers"),
     ("answers", "sft", "a step for 8 answers of any language, not for 2 rows in all six"),
     ("no-separate", "auto", "separate"),
-    ("no-retain", "default", "retain mean states"),
+    ("no-retain", "states", "retain mean states"),
     ("auto", "complement", "align in all that is not specific, not in one dimension"),
-    ("default", "hold", "retain each token's state, of the targets too, not English mean states"),
-    ("hold", "hold10", "the same, at ten times the weight"),
+    ("states", "default", "retain each token's state, of the targets too, not English mean states"),
+    ("default", "default10", "the same, at ten times the weight"),
     ("layers1", "auto", "train two layers, not one"),
     ("auto", "layers4", "train four layers, not two"),
     ("rows25", "rows50", "48 rows, not 24"),
     ("rows50", "auto", "96 rows, not 48"),
-    ("default", "small-batch", "two rows a step, not eight"),
+    ("states", "small-batch", "two rows a step, not eight"),
 )
 
 
@@ -431,7 +432,7 @@ def search_table(model: str) -> str | None:
             cells = [
                 path.stem,
                 str(content["n_trials"]),
-                ", ".join(changed) or "default",
+                ", ".join(changed) or "the default of then",
                 f"{one['development']['strength']:g}",
                 *(_gain(one[rows]["gain"]) for rows in ("development", "report")),
                 "holds" if one["report"]["holds"] else "fails",

@@ -74,7 +74,7 @@ def test_the_resolved_file_gives_the_same_run(tmp_path: Path) -> None:
         ),
         (
             {"languages": "sw", "train.retain_targets": True, "train.position": "mean"},
-            "position 'mean' moves; use position 'last' or 'answer'",
+            "position 'mean' moves; use position 'last' or 'answer', or retain_targets false",
         ),
     ],
 )

@@ -92,6 +92,8 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     gate = json.loads((finished / "gate.json").read_text())
     read = {(c["language"], c["protocol"]) for c in gate["tried"][0]["verdict"]["checks"]}
     assert read == {("en", "text"), ("en", "choice"), ("sw", "text"), ("zh", "text")}
+    card = (finished / "model/README.md").read_text()
+    assert "the target languages' prompts are held up to their last token" in card
 
 
 def test_a_wreck_of_english_is_not_saved(taught_folder: Path, tmp_path: Path) -> None:
@@ -113,6 +115,8 @@ def test_the_dial_is_turned_down_to_where_english_holds(
         "gate.steps": 8,
         "gate.targets": False,
         "train.learning_rate": 0.02,
+        "train.retain": "states",  # which holds English less
+        "train.retain_targets": False,
         "evaluate.rows": 16,
     }
     wide = enhance(configure(taught_folder, **strong), tmp_path / "wide")

@@ -177,7 +177,7 @@ class TrainSettings(CrownSettings):
         if self.retain_targets and self.position in ("mean", "all"):
             raise ValueError(
                 "retain_targets holds the tokens before a prompt's last one, which position "
-                f"'{self.position}' moves; use position 'last' or 'answer'"
+                f"'{self.position}' moves; use position 'last' or 'answer', or retain_targets false"
             )
         return self
 
@@ -370,7 +370,7 @@ class Runtime(Settings):
 # 2410.04407, appendix, and the published scripts), written out in full, so that a later change of a
 # default cannot change them. "answers": supervised fine-tuning, none of Lens's losses.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "default": {"train": {"strength": "auto"}},
+    "default": {"train": {"strength": "auto", "retain": "tokens", "retain_targets": True}},
     "paper": {
         "probe": {
             "texts_per_language": 300,

@@ -71,6 +71,8 @@ def model_card(
         done.append("the target languages are pushed along their own direction in the second")
     if config.train.retain_weight:
         done.append(f"{central} is held where it was")
+        if config.train.retain_targets:
+            done.append("the target languages' prompts are held up to their last token")
     answered = any(training.get("answers", {}).get(k) for k in config.languages)
     if answered and config.train.answer_weight:
         done.append("answers in the target languages are learned")

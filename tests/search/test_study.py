@@ -15,7 +15,7 @@ from polylens.config import load_config
 from polylens.search import Figure, Point, Trial, read_space
 from polylens.search.study import Study
 
-CONFIG = load_config(None, {"languages": "sw,zh"})
+CONFIG = load_config(None, {"languages": "sw,zh", "train.retain_targets": False})
 SPACE = read_space(
     CONFIG,
     vary={

@@ -68,7 +68,12 @@ def make_bench(config: RunConfig, collect: Any) -> Workbench:
 
 TRIED: tuple[dict[str, Any], ...] = (
     {"train.layers": 1, "train.learning_rate": 1e-3},
-    {"train.layers": 3, "train.position": "mean", "probe.agnostic": "complement"},
+    {
+        "train.layers": 3,
+        "train.position": "mean",
+        "train.retain_targets": False,
+        "probe.agnostic": "complement",
+    },
     {"train.layers": 1, "probe.pooling": "mean"},
     {"train.layers": 1, "train.position": "answer"},
 )
