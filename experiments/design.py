@@ -3,7 +3,7 @@
 Three sets of rows share no text. The starter corpus's training rows train every method. Its
 held-out rows, with the even examples of XCOPA, are for development: settings are chosen on them.
 The paper's parallel instructions, with the odd examples, are what is reported; nothing was chosen
-on them.
+on them. Groups of languages are trained by themselves, and measured for development.
 """
 
 from __future__ import annotations
@@ -25,13 +25,21 @@ MAX_NEW_TOKENS = 48
 # Common in the generation settings that models are shipped with; a GGUF file leaves them out.
 REPETITION_PENALTY = 1.1
 
-Split = Literal["development", "report"]
-Method = Literal["lens", "sft", "sft-lora", "sft-translations", "pretraining"]
+Split = Literal["development", "report", "related", "distant"]
+SPLITS: tuple[Split, ...] = ("development", "report", "related", "distant")
+# Like the central language, and unlike it.
+GROUPS: dict[Split, tuple[str, ...]] = {
+    "related": ("es", "fr", "de"),
+    "distant": ("zh", "sw", "bn"),
+}
+Method = Literal[
+    "lens", "sft", "sft-lora", "sft-translations", "pretraining", "few-shot", "steering"
+]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to change a model.
+    """One way to change a model, or what it answers.
 
     Attributes:
         method: Lens, or what one would do instead.
@@ -114,6 +122,17 @@ SETTINGS: dict[str, Setting] = {
     "default10-swahili": Setting(
         "lens", {**PRESETS["default"]["train"], "strength": _SWAHILI, "retain_weight": 10.0}
     ),
+    "default-no-align": Setting("lens", {**PRESETS["default"]["train"], "align_weight": 0.0}),
+    "default-no-separate": Setting("lens", {**PRESETS["default"]["train"], "separate_weight": 0.0}),
+    "default-english": Setting("lens", {**PRESETS["default"]["train"], "retain_targets": False}),
+    "default-layers1": Setting("lens", {**PRESETS["default"]["train"], "layers": 1}),
+    "default-rank1": Setting("lens", PRESETS["default"]["train"], probe={"rank": 1}),
+    "default-rank3": Setting("lens", PRESETS["default"]["train"], probe={"rank": 3}),
+    "default-complement": Setting(
+        "lens", PRESETS["default"]["train"], probe={"agnostic": "complement"}
+    ),
+    "default-rows25": Setting("lens", PRESETS["default"]["train"], rows=24),
+    "default-rows50": Setting("lens", PRESETS["default"]["train"], rows=48),
     "rank16": lens(**{**_AUTO, "learning_rate": 1e-3}, update_rank=16),
     "answer": lens(**_AUTO, position="answer"),
     "answer-states": lens(**_FASTER, position="answer"),
@@ -145,19 +164,28 @@ SETTINGS: dict[str, Setting] = {
     "sft-lora-replay": Setting("sft-lora", {"replay_ratio": 0.5}),
     "pretraining": Setting("pretraining"),
     "pretraining-replay": Setting("pretraining", {"replay_ratio": 0.5}),
+    "few-shot": Setting("few-shot"),
+    "steering": Setting("steering"),
+    "steering-half": Setting("steering", dial=0.5),
 }
 
 
-def training_rows() -> ParallelCorpus:
-    rows, _ = polylens.starter_corpus().select((CENTRAL, *LANGUAGES)).split(N_HELDOUT)
+def languages_of(split: Split) -> tuple[str, ...]:
+    """Target languages that are trained and measured."""
+    return GROUPS.get(split, LANGUAGES)
+
+
+def training_rows(languages: tuple[str, ...] = LANGUAGES) -> ParallelCorpus:
+    rows, _ = polylens.starter_corpus().select((CENTRAL, *languages)).split(N_HELDOUT)
     return rows
 
 
 def measured_rows(split: Split, data: Path, limit: int) -> ParallelCorpus:
     """Rows to measure on, the first `limit` of them."""
-    if split == "development":
-        _, rows = polylens.starter_corpus().select((CENTRAL, *LANGUAGES)).split(N_HELDOUT)
-    else:
+    languages = (CENTRAL, *languages_of(split))
+    if split == "report":
         rows = read_parallel(data / "lens" / "parallel_instructions_7_languages.json")
-        rows = rows.select((CENTRAL, *LANGUAGES))
+        rows = rows.select(languages)
+    else:
+        _, rows = polylens.starter_corpus().select(languages).split(N_HELDOUT)
     return ParallelCorpus(rows.name, rows.rows[:limit])

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from design import CENTRAL, LANGUAGES
+from design import CENTRAL, GROUPS, LANGUAGES
 from polylens.artefacts import read_json
 from polylens.config import GateSettings
 from polylens.evaluation.choices import CHOICES
@@ -68,6 +68,10 @@ MAIN = (
     "sft-translations",
     "sft-lora",
     "pretraining",
+    "pretraining-replay",
+    "few-shot",
+    "steering",
+    "steering-half",
 )
 
 
@@ -340,6 +344,15 @@ STEPS = (
     ("auto", "complement", "align in all that is not specific, not in one dimension"),
     ("states", "default", "retain each token's state, of the targets too, not English mean states"),
     ("default", "default10", "the same, at ten times the weight"),
+    ("default-no-separate", "default", "separate, in the default preset"),
+    ("default-no-align", "default", "align, in the default preset"),
+    ("default-english", "default", "retain the targets' tokens, too, not English ones alone"),
+    ("default-layers1", "default", "train two layers, not one, in the default preset"),
+    ("default-rank1", "default", "six dimensions of the specific subspace, not one"),
+    ("default-rank3", "default", "six dimensions of the specific subspace, not three"),
+    ("default", "default-complement", "align in all that is not specific, in the default preset"),
+    ("default-rows25", "default-rows50", "48 rows, not 24, in the default preset"),
+    ("default-rows50", "default", "96 rows, not 48, in the default preset"),
     ("layers1", "auto", "train two layers, not one"),
     ("auto", "layers4", "train four layers, not two"),
     ("rows25", "rows50", "48 rows, not 24"),
@@ -383,6 +396,23 @@ def models_table(settings: Sequence[str]) -> str | None:
             cells.append(f"{worst} {TEXTS.cell(base, side, [worst])}")
             cells += [column.cell(base, side, (CENTRAL,)) for column in (REPLIES, TEXTS)]
             lines.append(f"| {' | '.join([title, name, *cells, gate(base, side)])} |")
+    return "\n".join(lines) if len(lines) > 2 else None
+
+
+def groups_table(model: str) -> str | None:
+    """Languages like the central one beside others, each group trained by itself."""
+    columns = (REPLIES, TEXTS, FIDELITY, REPEATING, SOUND)
+    lines = [
+        f"| languages | setting | {' | '.join(one.title for one in columns)} "
+        "| English: replies, % | texts, % |",
+        f"|{'-|' * (len(columns) + 4)}",
+    ]
+    for split, languages in GROUPS.items():
+        sides = read(model, split)
+        for name in sides:
+            cells = [column.cell(sides["base"], sides[name], languages) for column in columns]
+            cells += [c.cell(sides["base"], sides[name], (CENTRAL,)) for c in (REPLIES, TEXTS)]
+            lines.append(f"| {', '.join(languages)} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else None
 
 
@@ -464,6 +494,8 @@ def blocks() -> dict[str, str]:
     for model in NAMES:
         if steered := steering_table(model):
             found[f"{model} steering"] = steered
+        if grouped := groups_table(model):
+            found[f"{model} groups"] = grouped
         if searched := search_table(model):
             found[f"{model} search"] = searched
         for split in ("report", "development"):

@@ -23,11 +23,12 @@ import polylens
 from design import (
     BENCHMARK_LANGUAGES,
     CENTRAL,
-    LANGUAGES,
     MAX_NEW_TOKENS,
     REPETITION_PENALTY,
     SETTINGS,
+    SPLITS,
     Setting,
+    languages_of,
     measured_rows,
     training_rows,
 )
@@ -57,6 +58,7 @@ from polylens.models.loading import LanguageModel
 from polylens.prompts import choose_format, encode_parallel, encode_texts
 from polylens.shortfall import measure_shortfall, strengths_of
 from polylens.steps import encode_shared, probe_prompts, train_prompts
+from untrained import UNTRAINED, answers_of
 
 HERE = Path(__file__).parent
 DELTAS = Path("runs/experiments")
@@ -70,45 +72,49 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("settings", nargs="+", choices=SETTINGS)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--split", choices=("development", "report"), default="development")
+    parser.add_argument("--split", choices=SPLITS, default="development")
     parser.add_argument("--parts", default=",".join(PARTS[:-2]))
     parser.add_argument("--limit", type=int, default=32, help="held-out rows")
     parser.add_argument("--examples", type=int, help="examples of a benchmark and language")
     parser.add_argument("--data-dir", type=Path, required=True, help="has lens, xcopa and copa")
     given = parser.parse_args()
     model = polylens.load_model(given.model, dtype="float32")
-    heldout = make_heldout(model, measured_rows(given.split, given.data_dir, given.limit))
+    languages = languages_of(given.split)
+    rows = measured_rows(given.split, given.data_dir, given.limit)
+    heldout = make_heldout(model, rows, languages)
     folder = HERE / "results" / given.model / given.split
     for seed in map(int, given.seeds.split(",")):
-        deltas = make_deltas(model, given.model, given.settings, seed)
+        trained = [name for name in given.settings if SETTINGS[name].method not in UNTRAINED]
+        deltas = make_deltas(model, given.model, trained, seed, languages)
         measure(model, deltas, seed, heldout, folder, given)
 
 
-def make_heldout(model: LanguageModel, rows: ParallelCorpus) -> Heldout:
+def make_heldout(model: LanguageModel, rows: ParallelCorpus, languages: tuple[str, ...]) -> Heldout:
     style = choose_format(model.tokenizer, "auto")
-    prompts = encode_parallel(rows, (CENTRAL, *LANGUAGES), style, model.tokenizer, 512)
+    prompts = encode_parallel(rows, (CENTRAL, *languages), style, model.tokenizer, 512)
     choices = encode_choices(CENTRAL, style, model.tokenizer)
     texts = rows.to_corpus().texts
-    return Heldout(rows, prompts, texts, CENTRAL, LANGUAGES, choices=choices)
+    return Heldout(rows, prompts, texts, CENTRAL, languages, choices=choices)
 
 
 def make_deltas(
-    model: LanguageModel, spec: str, names: Sequence[str], seed: int
+    model: LanguageModel, spec: str, names: Sequence[str], seed: int, languages: tuple[str, ...]
 ) -> dict[str, CrownDelta]:
     """Train, or read what was trained; deltas lie in runs/, not in the repository."""
     folder = DELTAS / spec
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{_digest(SETTINGS[name])}-{seed}.safetensors" for name in names}
+    rows = training_rows(languages)
+    paths = {name: folder / f"{_digest(SETTINGS[name], rows)}-{seed}.safetensors" for name in names}
     left = [name for name in {paths[n]: n for n in names}.values() if not paths[name].exists()]
     for name in left:
         if SETTINGS[name].method != "lens":
-            _save(_baseline(model, SETTINGS[name], seed), paths[name])
+            _save(_baseline(model, SETTINGS[name], seed, rows, languages), paths[name])
     of_lens = [name for name in left if SETTINGS[name].method == "lens"]
     while of_lens:
         first = _states_of(SETTINGS[of_lens[0]])
         chosen = [n for n in of_lens if _states_of(SETTINGS[n]) == first]
         of_lens = [n for n in of_lens if n not in chosen]
-        trained = _lens(model, folder, chosen, seed)
+        trained = _lens(model, folder, chosen, seed, rows, languages)
         for name, delta in zip(chosen, trained, strict=True):
             _save(delta, paths[name])
     return {
@@ -121,8 +127,8 @@ def _states_of(setting: Setting) -> tuple[Any, ...]:
     return setting.rows, setting.probe, TrainSettings(**setting.settings).max_answer_tokens
 
 
-def _digest(setting: Setting) -> str:
-    trained = (dataclasses.replace(setting, dial=1.0), training_rows().fingerprint)
+def _digest(setting: Setting, rows: ParallelCorpus) -> str:
+    trained = (dataclasses.replace(setting, dial=1.0), rows.fingerprint)
     return hashlib.sha256(repr(trained).encode()).hexdigest()[:12]
 
 
@@ -136,11 +142,13 @@ def _lens(
     folder: Path,
     names: Sequence[str],
     seed: int,
+    rows: ParallelCorpus,
+    targets: tuple[str, ...],
 ) -> Iterator[CrownDelta]:
     """Train settings of Lens that have `_states_of` in common, from one trunk pass."""
-    first, rows = SETTINGS[names[0]], training_rows()
+    first = SETTINGS[names[0]]
     rows = dataclasses.replace(rows, rows=rows.rows[: first.rows])
-    languages = (CENTRAL, *LANGUAGES)
+    languages = (CENTRAL, *targets)
     texts, style = rows.to_corpus(), choose_format(model.tokenizer, "auto")
     probe_settings = ProbeSettings(**first.probe)
     subspaces = probe_prompts(
@@ -153,10 +161,11 @@ def _lens(
     settings = [TrainSettings(**SETTINGS[name].settings) for name in names]
     prompts = encode_shared(model.tokenizer, style, rows, languages, settings)
     if any(one.strength == "auto" for one in settings):
-        path = folder / f"shortfall-{len(rows.rows)}.json"  # the same for every seed
+        # The same for every seed.
+        path = folder / f"shortfall-{len(rows.rows)}-{'-'.join(targets)}.json"
         if not path.exists():
             asked = prompts.without_answers()
-            write_json(path, measure_shortfall(model, asked, CENTRAL, LANGUAGES))
+            write_json(path, measure_shortfall(model, asked, CENTRAL, targets))
         auto = {"strength": strengths_of(read_json(path))}
         settings = [
             one.model_copy(update=auto) if one.strength == "auto" else one for one in settings
@@ -164,9 +173,14 @@ def _lens(
     yield from train_prompts(model, subspaces, prompts, settings=settings, seed=seed)
 
 
-def _baseline(model: LanguageModel, setting: Setting, seed: int) -> CrownDelta:
-    rows = training_rows()
-    how: dict[str, Any] = {"languages": LANGUAGES, "central": CENTRAL, "seed": seed}
+def _baseline(
+    model: LanguageModel,
+    setting: Setting,
+    seed: int,
+    rows: ParallelCorpus,
+    languages: tuple[str, ...],
+) -> CrownDelta:
+    how: dict[str, Any] = {"languages": languages, "central": CENTRAL, "seed": seed}
     if setting.method == "pretraining":
         chosen = PretrainingSettings(**setting.settings)
         return pretrain(model, rows.to_corpus(), settings=chosen, **how)
@@ -185,11 +199,11 @@ def measure(
     folder: Path,
     given: argparse.Namespace,
 ) -> None:
-    """Measure what is not there yet, part by part."""
-    names = ["base", *(f"{name}-{seed}" for name in deltas)]
+    """Measure what is not there yet, part by part; of what is not trained, answers alone."""
+    names = ["base", *(f"{name}-{seed}" for name in given.settings)]
     candidates = [
         Candidate(),
-        *(Candidate(delta, SETTINGS[name].dial) for name, delta in deltas.items()),
+        *(Candidate(deltas.get(name), SETTINGS[name].dial) for name in given.settings),
     ]
     files = [folder / f"{name}.json" for name in names]
     contents = [read_json(path) if path.exists() else {"parts": {}} for path in files]
@@ -200,7 +214,12 @@ def measure(
             content["strength"] = candidate.strength
         content["versions"] = versions()
     for part in given.parts.split(","):
-        left = [i for i, content in enumerate(contents) if part not in content["parts"]]
+        left = [
+            i
+            for i, (content, candidate) in enumerate(zip(contents, candidates, strict=True))
+            if part not in content["parts"]
+            and (i == 0 or candidate.delta is not None or part in ("answers", "penalised"))
+        ]
         if not left:
             continue
         started = time.monotonic()
@@ -263,10 +282,21 @@ def _answers(
     for name, candidate in some.items():
         path = folder / f"{name}.jsonl"
         if not path.exists():
-            with candidate.applied(model.structure):
-                found = answer(
-                    model, heldout, MAX_NEW_TOKENS, repetition_penalty=repetition_penalty
+            setting, _, seed = name.rpartition("-")
+            if setting and SETTINGS[setting].method in UNTRAINED:
+                found = answers_of(
+                    model,
+                    SETTINGS[setting],
+                    heldout,
+                    MAX_NEW_TOKENS,
+                    repetition_penalty,
+                    int(seed),
                 )
+            else:
+                with candidate.applied(model.structure):
+                    found = answer(
+                        model, heldout, MAX_NEW_TOKENS, repetition_penalty=repetition_penalty
+                    )
             write_answers(path, found)
         sides.append(read_answers(path))
     return [
