@@ -75,6 +75,12 @@ _AUTO = {**_KL, "strength": "auto"}
 # The default preset until it held each token.
 _STATES = {**_FASTER, "strength": "auto"}
 _SWAHILI = {language: float(language == "sw") for language in LANGUAGES}
+# What `strength: auto` would be if it pushed whole from one answer in sixteen on, not one in four;
+# for Qwen2.5-Coder-1.5B that is `_SWAHILI`.
+_STEEP = {
+    "smollm2": {"zh": 0.5, "ja": 0.5, "ko": 1.0, "ar": 0.0, "bn": 0.0, "sw": 1.0},
+    "gemma": {"zh": 1.0, "ja": 1.0, "ko": 1.0, "ar": 0.0, "bn": 1.0, "sw": 0.5},
+}
 # The same share of a state's length a step as 1e-4 is where states have 576 dimensions.
 _QWEN_RATE = {"learning_rate": 3.75e-5}
 
@@ -122,6 +128,10 @@ SETTINGS: dict[str, Setting] = {
     "default10-swahili": Setting(
         "lens", {**PRESETS["default"]["train"], "strength": _SWAHILI, "retain_weight": 10.0}
     ),
+    "steep-smollm2": Setting(
+        "lens", {**PRESETS["default"]["train"], "strength": _STEEP["smollm2"]}
+    ),
+    "steep-gemma": Setting("lens", {**PRESETS["default"]["train"], "strength": _STEEP["gemma"]}),
     "default-no-align": Setting("lens", {**PRESETS["default"]["train"], "align_weight": 0.0}),
     "default-no-separate": Setting("lens", {**PRESETS["default"]["train"], "separate_weight": 0.0}),
     "default-english": Setting("lens", {**PRESETS["default"]["train"], "retain_targets": False}),

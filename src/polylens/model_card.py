@@ -54,7 +54,7 @@ def model_card(
         ("learning rate", config.train.learning_rate),
         ("epochs", config.train.epochs),
         ("parallel rows", training["rows"]),
-        ("strength", config.train.strength),
+        ("strength", _strength(config.train.strength)),
         (
             "weights align / separate / retain / answer",
             f"{config.train.align_weight} / {config.train.separate_weight} / "
@@ -132,6 +132,12 @@ Made with polylens {plan["versions"]["polylens"]}, torch {plan["versions"]["torc
 {CITATION}
 ```
 """
+
+
+def _strength(strength: float | str | Mapping[str, float]) -> str:
+    if isinstance(strength, Mapping):
+        return ", ".join(f"{language} {one:.3g}" for language, one in strength.items())
+    return str(strength)
 
 
 def results_table(evaluation: Evaluation) -> str:

@@ -27,7 +27,7 @@ from polylens.artefacts import (
     write_json,
     write_text,
 )
-from polylens.config import RunConfig, Runtime, dump_yaml
+from polylens.config import RunConfig, Runtime, TrainSettings, check, dump_yaml
 from polylens.crown import CrownDelta
 from polylens.errors import RunError
 from polylens.evaluation import (
@@ -370,6 +370,11 @@ class _Run:
         noted["tokens"] = self.plan.training.n_tokens
         noted["strength"] = delta.metadata["settings"]["strength"]
 
+    @property
+    def trained_with(self) -> TrainSettings:
+        """The settings of the training, with the strengths that `auto` found."""
+        return check(TrainSettings, self.delta.metadata["settings"], self.folder.delta)
+
     def _turn_dial(self, noted: dict[str, Any]) -> None:
         wanted, steps = self.config.output.strength, self.config.gate.steps
         # A strength of 0 is the untouched model; it needs no steps.
@@ -493,7 +498,7 @@ class _Run:
             strength=self.candidate.strength,
             dtype=dtype,
             card=model_card(
-                self.config,
+                self.config.model_copy(update={"train": self.trained_with}),
                 read_object(self.folder.summary, Evaluation.from_dict),
                 self.folder.read_plan(),
                 self.dial,

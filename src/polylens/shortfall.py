@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from polylens import distributed
+from polylens.config import TrainSettings
 from polylens.detection import LanguageDetector
 from polylens.evaluation.fidelity import detect_answers
 from polylens.evaluation.generation import generate_answers
+from polylens.languages import language_name
 from polylens.models.loading import LanguageModel
 from polylens.progress import Progress, silent
 from polylens.prompts import ParallelPrompts
@@ -76,3 +78,24 @@ def strengths_of(shortfall: Mapping[str, float]) -> dict[str, float]:
         {'zh': 0.0, 'es': 0.5, 'sw': 1.0}
     """
     return {language: min(1.0, share / FULL_SHORTFALL) for language, share in shortfall.items()}
+
+
+def push_sentence(settings: TrainSettings, languages: Sequence[str]) -> str:
+    """Say how far each language is pushed; "" where none is.
+
+    Args:
+        settings: as trained, so that `strength` is a number or has one a language.
+        languages: the targets.
+
+    Example:
+        >>> settings = TrainSettings(strength={"sw": 0.875, "es": 0.0})
+        >>> push_sentence(settings, ["sw", "es"])
+        'Pushed along their own direction: Swahili by 0.875; not Spanish.'
+    """
+    strengths = {language: settings.strength_of(language) for language in languages}
+    if settings.separate_weight == 0:
+        return ""
+    moved = [f"{language_name(k)} by {one:.3g}" for k, one in strengths.items() if one]
+    still = [language_name(k) for k, one in strengths.items() if not one]
+    parts = [", ".join(moved) or "none", *([f"not {', '.join(still)}"] if still and moved else [])]
+    return f"Pushed along their own direction: {'; '.join(parts)}."

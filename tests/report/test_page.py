@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from polylens.config import TrainSettings
 from polylens.evaluation import Answer, Evaluation
 from polylens.evaluation.drift import StateChange
 from polylens.evaluation.fidelity import Fidelity
@@ -84,6 +85,7 @@ def data() -> ReportData:
         evaluation=evaluation,
         answers_before=answers,
         answers_after=answers,
+        trained_with=TrainSettings(strength={"sw": 0.5, "ar": 0.0}),
         training_log=log,
         subspaces=subspaces,
         map_layer=2,
@@ -135,6 +137,7 @@ def test_the_table_and_the_verdict_hold_the_counts(data: ReportData) -> None:
     for text in (
         "1 → 3 of 4",
         "1.500 → 1.250",
+        "Pushed along their own direction: Swahili by 0.5; not Arabic.",
         "1.2 %",
         f"+100 ({100 * certain.low:+.0f} to +100)",
     ):

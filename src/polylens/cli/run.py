@@ -28,6 +28,7 @@ from polylens.plan import Plan
 from polylens.run import RunResult
 from polylens.run import enhance as enhance_run
 from polylens.run_folder import STAGES
+from polylens.shortfall import push_sentence
 
 STAGE_TITLES = {
     "probe": "Probing the language subspaces",
@@ -160,6 +161,11 @@ def enhance(
         result.dial.require()
         return
     print_evaluation(result.evaluation)
+    taken = result.folder.journal.finished("train")
+    assert taken is not None  # the run is finished
+    trained = config.train.model_copy(update={"strength": taken["strength"]})
+    if pushed := push_sentence(trained, config.languages):
+        out.print(f"\n{pushed}", highlight=False, soft_wrap=True)
     out.print(f"\n{result.dial.sentence()}", highlight=False, soft_wrap=True)
     _print_end(result, time.monotonic() - started)
     if address is not None:

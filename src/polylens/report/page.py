@@ -16,6 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from torch import Tensor
 
+from polylens.config import TrainSettings
 from polylens.evaluation import Answer, Evaluation
 from polylens.evaluation.fidelity import is_echo, is_repeating
 from polylens.evaluation.gate import Dial, Verdict
@@ -31,6 +32,7 @@ from polylens.report.plots import (
     strength_figure,
     subspace_map,
 )
+from polylens.shortfall import push_sentence
 from polylens.subspaces import Subspaces
 
 _SAMPLES = 6
@@ -49,6 +51,7 @@ class ReportData:
         evaluation: before and after.
         answers_before: of the untouched model.
         answers_after: of the enhanced model, same questions in the same order.
+        trained_with: the settings, with the strengths that were taken.
         training_log: one entry a step.
         subspaces: of the model.
         map_layer: whose states `map_states` holds.
@@ -62,6 +65,7 @@ class ReportData:
     evaluation: Evaluation
     answers_before: Sequence[Answer]
     answers_after: Sequence[Answer]
+    trained_with: TrainSettings
     training_log: Sequence[Mapping[str, float]]
     subspaces: Subspaces
     map_layer: int
@@ -98,6 +102,7 @@ def render_report(data: ReportData) -> str:
         title=f"{data.plan['model']['name']}: {_listed(map(language_name, evaluation.languages))}",
         evaluation=evaluation,
         decision=decision(data.dial, evaluation.central),
+        pushed=push_sentence(data.trained_with, evaluation.languages),
         summary=summary(evaluation),
         caution=caution(evaluation),
         by_name={one.task.name: one for one in evaluation.measures},

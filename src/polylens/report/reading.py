@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from polylens.artefacts import load_tensors, read_object, read_text
+from polylens.config import TrainSettings, check
 from polylens.crown import CrownDelta
 from polylens.errors import RunError
 from polylens.evaluation import Evaluation, read_answers
@@ -43,11 +44,13 @@ def read_report_data(folder: RunFolder) -> ReportData:
         states[when][language] = tensor
     plan = folder.read_plan()
     evaluation = read_object(folder.summary, Evaluation.from_dict)
+    trained = CrownDelta.load(folder.delta).metadata
     return ReportData(
         evaluation=evaluation,
         answers_before=read_answers(folder.answers("before")),
         answers_after=read_answers(folder.answers("after")),
-        training_log=CrownDelta.load(folder.delta).metadata["log"],
+        trained_with=check(TrainSettings, trained["settings"], folder.delta),
+        training_log=trained["log"],
         subspaces=Subspaces.load(folder.subspaces),
         map_layer=metadata["layer"],
         map_states=states,
