@@ -40,8 +40,8 @@ def block(folder: RunFolder) -> str:
         f"`{corpora['training']['name']}`, learning rate {train['learning_rate']:g}, "
         f"{train['epochs']} epoch{'s' if train['epochs'] > 1 else ''}, seed {settings['seed']}; "
         "evaluated on "
-        f"{corpora['heldout']['rows']} held-out rows of `{corpora['heldout']['name']}`, greedy "
-        f"answers of at most {evaluation.max_new_tokens} tokens; {duration(seconds)} and "
+        f"{corpora['heldout']['rows']} held-out rows of `{corpora['heldout']['name']}`, "
+        f"{evaluation.how_answered}; {duration(seconds)} and "
         f"{size(peak)} on two CPU cores, torch {versions['torch']}, transformers "
         f"{versions['transformers']}."
     )

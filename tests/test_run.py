@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from polylens.config import RunConfig, Runtime, load_config
 from polylens.crown import CrownDelta
 from polylens.errors import GateError, RunError, SubspaceError
+from polylens.evaluation import read_answers
 from polylens.models import load_model
 from polylens.run import enhance
 from polylens.run_folder import STAGES, RunFolder
@@ -93,7 +94,22 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     read = {(c["language"], c["protocol"]) for c in gate["tried"][0]["verdict"]["checks"]}
     assert read == {("en", "text"), ("en", "choice"), ("sw", "text"), ("zh", "text")}
     card = (finished / "model/README.md").read_text()
+    assert summary["repetition_penalty"] == 1
     assert "the target languages' prompts are held up to their last token" in card
+
+
+def test_answers_are_written_under_the_penalty(
+    finished: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = configure(tiny_folder, **{"evaluate.repetition_penalty": 8.0})
+    held = enhance(config, tmp_path / "held", runtime=RUNTIME)
+    assert held.evaluation.repetition_penalty == 8
+    for when in ("before", "after"):
+        free, penalised = (
+            [one.answer for one in read_answers(folder.answers(when))]
+            for folder in (RunFolder(finished), held.folder)
+        )
+        assert penalised != free
 
 
 def test_a_wreck_of_english_is_not_saved(taught_folder: Path, tmp_path: Path) -> None:

@@ -204,6 +204,12 @@ class EvaluateSettings(Settings):
         200, description="Use at most so many of those texts a language."
     )
     max_new_tokens: PositiveInt = Field(48, description="Longest answer, in tokens.")
+    repetition_penalty: float = Field(
+        1.0,
+        ge=1,
+        description="Penalty on tokens that the prompt or the answer has, as many models are "
+        "shipped with (1.05 to 1.1); 1 is none.",
+    )
     extra_languages: tuple[str, ...] = Field(
         (), description="Languages to watch that are neither central nor trained."
     )

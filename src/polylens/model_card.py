@@ -97,12 +97,12 @@ and a language-specific subspace; {"; ".join(done)}.
 Choice of letters, where the gate names it: which of two answers belongs to each of 32 questions of
 the starter corpus, by the letter that the model replies; guessing costs 1 bit.
 
-Held-out prompts: {heldout["rows"]} rows of `{heldout["name"]}`. Answers are greedy, at most
-{evaluation.max_new_tokens} tokens, and count as in the language when py3langid, limited to the
-languages of the table, says so. An answer is repeating when more than half of its 4-grams occurred
-before in it, or it ends with the same words three times in a row, and echoing when it begins by
-repeating the question. Bits per byte are over the held-out texts; lower is better. The change of
-states is ‖h - h°‖ / ‖h°‖ of the mean state after the final norm.
+Held-out prompts: {heldout["rows"]} rows of `{heldout["name"]}`, {evaluation.how_answered}, which
+count as in the language when py3langid, limited to the languages of the table, says so. An answer
+is repeating when more than half of its 4-grams occurred before in it, or it ends with the same
+words three times in a row, and echoing when it begins by repeating the question. Bits per byte are
+over the held-out texts; lower is better. The change of states is ‖h - h°‖ / ‖h°‖ of the mean state
+after the final norm.
 
 Not measured here: benchmarks, the quality of the answers, safety, and languages outside the table.
 

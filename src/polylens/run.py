@@ -435,7 +435,11 @@ class _Run:
 
     def _answer(self, when: str) -> None:
         answers = answer(
-            self.model, self.plan.heldout, self.config.evaluate.max_new_tokens, self.progress
+            self.model,
+            self.plan.heldout,
+            self.config.evaluate.max_new_tokens,
+            self.progress,
+            repetition_penalty=self.config.evaluate.repetition_penalty,
         )
         if distributed.is_first():
             write_answers(self.folder.answers(when), answers)
@@ -478,8 +482,9 @@ class _Run:
                 card.add(
                     part, [(run.task, run.examples[number]) for run in runs], with_samples=True
                 )
+        how = self.config.evaluate
         evaluation = summarise(
-            self.plan.heldout, before, after, comparison, self.config.evaluate.max_new_tokens
+            self.plan.heldout, before, after, comparison, how.max_new_tokens, how.repetition_penalty
         )
         evaluation = dataclasses.replace(evaluation, measures=tuple(compare_scorecards(*cards)))
         write_json(self.folder.summary, evaluation.to_dict())

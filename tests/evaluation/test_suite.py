@@ -8,6 +8,7 @@ import torch
 from polylens.corpora import starter_corpus
 from polylens.crown import CrownDelta
 from polylens.evaluation.comparison import Heldout
+from polylens.evaluation.fidelity import is_repeating
 from polylens.evaluation.likelihood import encode_plain
 from polylens.evaluation.measures import TaskRun
 from polylens.evaluation.scoring import Candidate
@@ -90,6 +91,19 @@ def test_finished_parts_are_skipped(llama: LanguageModel, heldout: Heldout) -> N
     skip = frozenset((BITS_PER_BYTE, FIDELITY))
     parts = run_suite(llama, [Candidate()], suite, skip=skip, on_part=told.append)
     assert [name for name, _ in parts] == told == [RETRIEVAL]
+
+
+def test_answers_are_written_under_the_penalty(llama: LanguageModel, heldout: Heldout) -> None:
+    """A tiny model of random weights says the same token for ever, unless that costs it."""
+
+    def answers(penalty: float) -> list[str]:
+        suite = Suite((FIDELITY,), (), heldout, max_new_tokens=12, repetition_penalty=penalty)
+        ((_, runs),) = run_suite(llama, [Candidate()], suite)
+        return [one.responses["answer"] for run in runs for one in run.examples[0]]
+
+    free, held = answers(1.0), answers(8.0)
+    assert free != held
+    assert sum(map(is_repeating, held)) < sum(map(is_repeating, free))
 
 
 def test_a_text_finds_its_translation_by_the_angle() -> None:

@@ -75,6 +75,10 @@ def evaluate(
     ] = "starter",
     rows: Annotated[int, typer.Option(min=2, help="Use at most so many of those.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 48,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(min=1, help="Of answers, as many models are shipped with one; 1 is none."),
+    ] = 1.0,
     margin: Annotated[
         float, typer.Option(help="Loss of accuracy that the gate tolerates; 0.01 is a point.")
     ] = 0.01,
@@ -129,7 +133,7 @@ def evaluate(
     settings = check(GateSettings, {"margin": margin})
     protocol = _protocol(
         central, languages, tasks, corpus, rows, limit, data_dir, chat,
-        template or template_of(target), max_new_tokens, log_samples, offline,
+        template or template_of(target), max_new_tokens, repetition_penalty, log_samples, offline,
     )  # fmt: skip
     sides = choose_sides(target, against, _numbers(strength))
 
@@ -230,6 +234,7 @@ def _protocol(
     chat: bool,
     template: str,
     max_new_tokens: int,
+    repetition_penalty: float,
     with_samples: bool,
     offline: bool,
 ) -> Protocol:
@@ -262,6 +267,7 @@ def _protocol(
         template=template,
         max_new_tokens=max_new_tokens,
         with_samples=with_samples,
+        repetition_penalty=repetition_penalty,
     )
 
 

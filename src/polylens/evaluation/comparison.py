@@ -240,6 +240,7 @@ def summarise(
     after: Sequence[Answer],
     comparison: Comparison,
     max_new_tokens: int,
+    repetition_penalty: float = 1.0,
 ) -> Evaluation:
     """Put answers and comparison together."""
     fidelity = {}
@@ -259,6 +260,7 @@ def summarise(
         fidelity=fidelity,
         bits_per_byte=comparison.bits_per_byte,
         state_change=comparison.state_change,
+        repetition_penalty=repetition_penalty,
     )
 
 

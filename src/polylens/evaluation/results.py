@@ -79,6 +79,7 @@ class Evaluation:
         languages: the targets.
         watched: languages that were neither trained nor central.
         max_new_tokens: longest answer allowed.
+        repetition_penalty: on tokens that the prompt or the answer has; 1 is none.
         fidelity: language → answers in the language asked for.
         bits_per_byte: language → bits per byte.
         state_change: language → change of states.
@@ -93,11 +94,19 @@ class Evaluation:
     bits_per_byte: Mapping[str, BitsPerByte]
     state_change: Mapping[str, StateChange]
     measures: tuple[Measure, ...] = ()
+    repetition_penalty: float = 1.0
 
     @property
     def all_languages(self) -> tuple[str, ...]:
         """Central language, targets, watched."""
         return (self.central, *self.languages, *self.watched)
+
+    @property
+    def how_answered(self) -> str:
+        """How answers were written, for those who read what came of them."""
+        penalised = self.repetition_penalty != 1
+        penalty = f" with a repetition penalty of {self.repetition_penalty:g}" if penalised else ""
+        return f"greedy answers of at most {self.max_new_tokens} tokens{penalty}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -118,6 +127,7 @@ class Evaluation:
             bits_per_byte={k: BitsPerByte(**v) for k, v in values["bits_per_byte"].items()},
             state_change={k: StateChange(**v) for k, v in values["state_change"].items()},
             measures=tuple(map(Measure.from_dict, values.get("measures", ()))),
+            repetition_penalty=values.get("repetition_penalty", 1.0),
         )
 
 

@@ -70,6 +70,7 @@ class Protocol:
         template: "auto", "chat", "plain" or a Jinja file.
         max_new_tokens: longest answer.
         with_samples: keep prompts and responses, not the values alone.
+        repetition_penalty: of answers; 1 is none.
     """
 
     rows: ParallelCorpus
@@ -82,6 +83,7 @@ class Protocol:
     template: str
     max_new_tokens: int
     with_samples: bool
+    repetition_penalty: float = 1.0
 
 
 def choose_sides(target: str, against: str | None, strengths: Sequence[float] | None) -> list[Side]:
@@ -250,6 +252,7 @@ def _evaluate_sides(
             protocol.max_new_tokens,
             protocol.limit,
             protocol.data_dir,
+            repetition_penalty=protocol.repetition_penalty,
         )
         for part, runs in run_suite(
             model,
@@ -337,6 +340,7 @@ def _identity(
         "limit": protocol.limit,
         "template": protocol.template,
         "max_new_tokens": protocol.max_new_tokens,
+        "repetition_penalty": protocol.repetition_penalty,
     }
 
 

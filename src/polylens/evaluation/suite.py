@@ -45,6 +45,7 @@ class Suite:
         benchmarks: from `choose_tasks`.
         heldout: prompts and texts of the built-in ones; None where there are none.
         max_new_tokens: longest answer, for fidelity.
+        repetition_penalty: of answers, for fidelity; 1 is none.
         limit: examples of a benchmark; None takes all.
         every: (first, step): every step-th example of a benchmark alone; None takes all.
         data_dir: folder with local copies of benchmarks.
@@ -57,6 +58,7 @@ class Suite:
     limit: int | None = None
     data_dir: Path | None = None
     every: tuple[int, int] | None = None
+    repetition_penalty: float = 1.0
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -111,8 +113,7 @@ def run_suite(
             run = measure_choices(model, candidates, central, choices, collect=collect, **how)
             yield name, [run]
         elif name == FIDELITY:
-            longest = suite.max_new_tokens
-            yield name, _measure_answers(model, candidates, heldout, longest, progress)
+            yield name, _measure_answers(model, candidates, heldout, suite, progress)
         else:
             yield name, measure_retrieval(model, candidates, heldout, **how)
     left = [spec for spec in suite.benchmarks if spec.name not in skip]
@@ -183,14 +184,21 @@ def _measure_answers(
     model: LanguageModel,
     candidates: Sequence[Candidate],
     heldout: Heldout,
-    max_new_tokens: int,
+    suite: Suite,
     progress: Progress,
 ) -> list[TaskRun]:
     """Whether held-out prompts are answered in their language; one run a language."""
     answers = []
     for candidate in candidates:
         with candidate.applied(model.structure):
-            answers.append(answer(model, heldout, max_new_tokens, progress))
+            own = answer(
+                model,
+                heldout,
+                suite.max_new_tokens,
+                progress,
+                repetition_penalty=suite.repetition_penalty,
+            )
+            answers.append(own)
     return answer_runs(answers, heldout.all_languages)
 
 

@@ -193,6 +193,7 @@ class Workbench:
             tuple(spec for spec in sample.benchmarks if _protocol(spec) == stage),
             sample.heldout,
             max_new_tokens=evaluate.max_new_tokens,
+            repetition_penalty=evaluate.repetition_penalty,
             limit=evaluate.limit,
             data_dir=Path(evaluate.data_dir) if evaluate.data_dir else None,
             every=_EXAMPLES[sample.name],
