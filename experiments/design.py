@@ -174,7 +174,7 @@ SETTINGS: dict[str, Setting] = {
     "sft-lora-replay": Setting("sft-lora", {"replay_ratio": 0.5}),
     "pretraining": Setting("pretraining"),
     "pretraining-replay": Setting("pretraining", {"replay_ratio": 0.5}),
-    "few-shot": Setting("few-shot"),
+    "few-shot": Setting("few-shot", {"shots": 2, "max_tokens": 1024}),
     "steering": Setting("steering"),
     "steering-half": Setting("steering", dial=0.5),
 }
