@@ -409,7 +409,7 @@ def groups_table(model: str) -> str | None:
     ]
     for split, languages in GROUPS.items():
         sides = read(model, split)
-        for name in sides:
+        for name in sorted(sides, key=lambda one: (one != "base", one)):
             cells = [column.cell(sides["base"], sides[name], languages) for column in columns]
             cells += [c.cell(sides["base"], sides[name], (CENTRAL,)) for c in (REPLIES, TEXTS)]
             lines.append(f"| {', '.join(languages)} | {name} | {' | '.join(cells)} |")
