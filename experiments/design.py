@@ -3,7 +3,8 @@
 Three sets of rows share no text. The starter corpus's training rows train every method. Its
 held-out rows, with the even examples of XCOPA, are for development: settings are chosen on them.
 The paper's parallel instructions, with the odd examples, are what is reported; nothing was chosen
-on them. Groups of languages are trained by themselves, and measured for development.
+on them, but that Swahili was pushed whole on Qwen was tried for what they showed. Groups of
+languages are trained by themselves, and measured for development.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ def lens(**settings: Any) -> Setting:
     return Setting("lens", {**_PAPER, **settings})
 
 
+def default(**settings: Any) -> Setting:
+    return Setting("lens", {**PRESETS["default"]["train"], **settings})
+
+
 # What is more than the published loss, one after the other.
 _FASTER = {"learning_rate": 1e-4, "epochs": 3}
 _KL = {**_FASTER, "retain": "distribution"}
@@ -117,25 +122,19 @@ SETTINGS: dict[str, Setting] = {
     "states-slow": lens(**{**_STATES, "learning_rate": 2.5e-5}),
     "states-slower": lens(**{**_STATES, **_QWEN_RATE}),
     "auto-states10": lens(**_STATES, retain_weight=10.0),
-    "default": Setting("lens", PRESETS["default"]["train"]),
-    "default10": Setting("lens", {**PRESETS["default"]["train"], "retain_weight": 10.0}),
-    "default-slower": Setting("lens", {**PRESETS["default"]["train"], **_QWEN_RATE}),
-    "default10-slower": Setting(
-        "lens", {**PRESETS["default"]["train"], **_QWEN_RATE, "retain_weight": 10.0}
-    ),
-    "default-push": Setting("lens", {**PRESETS["default"]["train"], "strength": 1.0}),
-    "default-swahili": Setting("lens", {**PRESETS["default"]["train"], "strength": _SWAHILI}),
-    "default10-swahili": Setting(
-        "lens", {**PRESETS["default"]["train"], "strength": _SWAHILI, "retain_weight": 10.0}
-    ),
-    "steep-smollm2": Setting(
-        "lens", {**PRESETS["default"]["train"], "strength": _STEEP["smollm2"]}
-    ),
-    "steep-gemma": Setting("lens", {**PRESETS["default"]["train"], "strength": _STEEP["gemma"]}),
-    "default-no-align": Setting("lens", {**PRESETS["default"]["train"], "align_weight": 0.0}),
-    "default-no-separate": Setting("lens", {**PRESETS["default"]["train"], "separate_weight": 0.0}),
-    "default-english": Setting("lens", {**PRESETS["default"]["train"], "retain_targets": False}),
-    "default-layers1": Setting("lens", {**PRESETS["default"]["train"], "layers": 1}),
+    "default": default(),
+    "default10": default(retain_weight=10.0),
+    "default-slower": default(**_QWEN_RATE),
+    "default10-slower": default(**_QWEN_RATE, retain_weight=10.0),
+    "default-push": default(strength=1.0),
+    "default-swahili": default(strength=_SWAHILI),
+    "default10-swahili": default(strength=_SWAHILI, retain_weight=10.0),
+    "steep-smollm2": default(strength=_STEEP["smollm2"]),
+    "steep-gemma": default(strength=_STEEP["gemma"]),
+    "default-no-align": default(align_weight=0.0),
+    "default-no-separate": default(separate_weight=0.0),
+    "default-english": default(retain_targets=False),
+    "default-layers1": default(layers=1),
     "default-rank1": Setting("lens", PRESETS["default"]["train"], probe={"rank": 1}),
     "default-rank3": Setting("lens", PRESETS["default"]["train"], probe={"rank": 3}),
     "default-complement": Setting(

@@ -81,7 +81,7 @@ def strengths_of(shortfall: Mapping[str, float]) -> dict[str, float]:
 
 
 def push_sentence(settings: TrainSettings, languages: Sequence[str]) -> str:
-    """Say how far each language is pushed; "" where none is.
+    """Say how far each language is pushed; "" where the loss that pushes is off.
 
     Args:
         settings: as trained, so that `strength` is a number or has one a language.
@@ -92,9 +92,9 @@ def push_sentence(settings: TrainSettings, languages: Sequence[str]) -> str:
         >>> push_sentence(settings, ["sw", "es"])
         'Pushed along their own direction: Swahili by 0.875; not Spanish.'
     """
-    strengths = {language: settings.strength_of(language) for language in languages}
     if settings.separate_weight == 0:
         return ""
+    strengths = {language: settings.strength_of(language) for language in languages}
     moved = [f"{language_name(k)} by {one:.3g}" for k, one in strengths.items() if one]
     still = [language_name(k) for k, one in strengths.items() if not one]
     parts = [", ".join(moved) or "none", *([f"not {', '.join(still)}"] if still and moved else [])]
