@@ -17,6 +17,11 @@ import polylens
 from polylens.config import PRESETS
 from polylens.corpora import ParallelCorpus, read_parallel
 
+MODELS = {
+    "smollm2-135m-instruct": "SmolLM2-135M-Instruct",
+    "gemma3-270m": "Gemma-3-270M",
+    "qwen2.5-coder-1.5b-instruct": "Qwen2.5-Coder-1.5B-Instruct",
+}
 CENTRAL = "en"
 LANGUAGES = ("zh", "ja", "ko", "ar", "bn", "sw")
 # XCOPA has no Japanese, Korean, Arabic or Bengali; COPA is its English.

@@ -55,8 +55,8 @@ def kept(page: Any, what: str, metric: str, values: dict[str, list[float]]) -> l
 
 def test_the_forecast_block(page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of six languages, the more bits a text costs the less replies gain; two answers gain."""
-    monkeypatch.setattr(page, "HERE", tmp_path)
-    folder = tmp_path / "results" / "gemma3-270m"
+    monkeypatch.setattr(sys.modules["kept"], "RESULTS", tmp_path)
+    folder = tmp_path / "gemma3-270m"
     languages = list(page.LANGUAGES)
     signs = {
         language: dataclasses.replace(
@@ -100,8 +100,8 @@ def test_the_forecast_block(page: Any, tmp_path: Path, monkeypatch: pytest.Monke
 def test_models_without_signs_or_figures_are_left_out(
     page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "HERE", tmp_path)
-    write_json(tmp_path / "results" / "gemma3-270m" / "signs.json", {"signs": {}})
+    monkeypatch.setattr(sys.modules["kept"], "RESULTS", tmp_path)
+    write_json(tmp_path / "gemma3-270m" / "signs.json", {"signs": {}})
     assert "forecast" not in page.blocks()
 
 

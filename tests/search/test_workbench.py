@@ -21,9 +21,12 @@ from polylens.hidden_states import HiddenStates, Keep
 from polylens.models import load_model
 from polylens.models.loading import LanguageModel
 from polylens.plan import make_plan
+from polylens.prompts import ParallelPrompts
+from polylens.search import workbench
 from polylens.search.split import development_config, split_rows, write_split
 from polylens.search.trials import Figure, Point
 from polylens.search.workbench import Workbench, run_trial
+from polylens.shortfall import measure_shortfall
 from polylens.states_cache import KeptStates, fresh_hidden_states
 from polylens.steps import probe_prompts, train_prompts
 from test_crown import random_delta
@@ -125,6 +128,26 @@ def test_trials_from_kept_states_are_those_from_scratch_to_the_bit(config: RunCo
     # pooling.
     assert len(collect.calls) == 7
     assert all(keep.boundary_layers in ((), (1, 3)) for keep in collect.calls)
+
+
+def test_the_untouched_model_answers_once_for_all_trials(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counted(model: LanguageModel, prompts: ParallelPrompts, *args: Any, **how: Any) -> Any:
+        asked.append(len(prompts.ids))
+        return measure_shortfall(model, prompts, *args, **how)
+
+    monkeypatch.setattr(workbench, "measure_shortfall", counted)
+    bench = make_bench(config, KeptStates((3,), Counting()))
+    auto = {"train.layers": 1, "train.strength": "auto"}
+    for settings in (auto, {**auto, "train.position": "answer"}, {**auto, "train.strength": 1.0}):
+        assert bench.train(settings).changes
+    assert len(asked) == 1
+    bench.train({**auto, "train.rows": 2})  # other prompts
+    bench.train({**auto, "train.separate_weight": 0.0})  # nothing is pushed
+    assert asked == [8, 4]
 
 
 def test_kept_states_are_asked_for_once(llama: LanguageModel) -> None:

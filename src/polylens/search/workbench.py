@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polylens.config import RunConfig, Runtime, changed
+from polylens.config import RunConfig, Runtime, TrainSettings, changed
 from polylens.crown import CrownDelta
 from polylens.errors import ConfigError, SubspaceError, TrainingError
 from polylens.evaluation.choices import CHOICES
@@ -31,7 +31,9 @@ from polylens.merging import choose_dtype
 from polylens.models.loading import LanguageModel
 from polylens.plan import make_plan
 from polylens.progress import Progress, silent
+from polylens.prompts import ParallelPrompts
 from polylens.search.trials import Point, Trial, central_loss, target_gain
+from polylens.shortfall import measure_shortfall, strengths_of
 from polylens.states_cache import Collect
 from polylens.steps import probe_prompts, train_prompts
 
@@ -86,6 +88,7 @@ class Workbench:
         self._collect = collect
         self._progress = progress
         self._untouched: dict[tuple[str, str, int], list[TaskRun]] = {}
+        self._strengths: dict[tuple[tuple[int, ...], ...], dict[str, float]] = {}
 
     def sample(self, name: str, config: RunConfig) -> Sample:
         """Prepare what trials are measured on."""
@@ -128,7 +131,7 @@ class Workbench:
             self.model,
             subspaces,
             plan.training,
-            settings=[config.train],
+            settings=[self._with_strengths(config, plan.training)],
             seed=config.seed,
             token_budget=self._runtime.token_budget,
             scratch=self._execution.scratch(),
@@ -136,6 +139,20 @@ class Workbench:
             progress=self._progress,
         )
         return delta
+
+    def _with_strengths(self, config: RunConfig, prompts: ParallelPrompts) -> TrainSettings:
+        """Put numbers for `strength: auto`: the untouched model answers the same prompts once."""
+        settings = config.train
+        if settings.strength != "auto" or settings.separate_weight == 0:
+            return settings
+        asked = prompts.without_answers()
+        key = tuple(map(tuple, asked.ids))
+        if key not in self._strengths:
+            shortfall = measure_shortfall(
+                self.model, asked, config.central, config.languages, progress=self._progress
+            )
+            self._strengths[key] = strengths_of(shortfall)
+        return settings.model_copy(update={"strength": self._strengths[key]})
 
     def measure(
         self, delta: CrownDelta, strengths: Sequence[float], sample: Sample, stage: str

@@ -1,0 +1,272 @@
+"""The tables of docs/results.md, each from kept values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from design import CENTRAL, GROUPS, LANGUAGES, MODELS
+from kept import (
+    CHOICE,
+    COLUMNS,
+    FIDELITY,
+    REPEATING,
+    REPLIES,
+    SOUND,
+    TEXTS,
+    Column,
+    Side,
+    compare,
+    folder,
+    metric,
+    read,
+)
+from polylens.artefacts import read_json
+from polylens.config import GateSettings
+from polylens.evaluation.gate import check_gate
+from polylens.evaluation.measures import Example, Protocol, Task
+
+
+def table(
+    sides: Mapping[str, Side],
+    chosen: Sequence[str],
+    languages: Sequence[str],
+    columns: Sequence[Column] = COLUMNS,
+) -> str:
+    """One row a setting, one column a figure that was measured."""
+    base = sides["base"]
+    columns = [one for one in columns if one.of(languages, base)]
+    is_gated = CENTRAL in languages
+    head = ["setting", "seeds", *(one.title for one in columns), *["gate"] * is_gated]
+    lines = [f"| {' | '.join(head)} |", f"|{'-|' * len(head)}"]
+    for name in ("base", *chosen):
+        if name not in sides:
+            continue
+        side = sides[name]
+        cells = [one.cell(base, side, languages) for one in columns]
+        if is_gated:
+            cells.append(gate(base, side) if side is not base else "")
+        of_first = columns[0].of(languages, side) if columns else []
+        n_seeds = sum(all(one in seed for one in of_first) for seed in side.tasks)
+        seeds = "" if name == "base" else str(n_seeds)
+        lines.append(f"| {' | '.join([name, seeds, *cells])} |")
+    return "\n".join(lines)
+
+
+def gate(base: Side, side: Side) -> str:
+    """Whether harm beyond the margins is ruled out, as `enhance` asks, and where not."""
+    pairs = []
+    asked: list[tuple[str, Column, Protocol]] = [(k, TEXTS, "text") for k in (CENTRAL, *LANGUAGES)]
+    for language, column, protocol in (*asked, (CENTRAL, CHOICE, "choice")):
+        names = column.of([language], base)
+        before, after = base.rows(names), side.rows(names)
+        if before is None or after is None:
+            if column is TEXTS:
+                return ""
+            continue
+        task = Task(names[0], language, protocol, metric(base, names), False)
+        pairs.append((task, _examples(before), _examples(after)))
+    verdict = check_gate(pairs, [CENTRAL], GateSettings(), texts_of=LANGUAGES)
+    assert verdict is not None
+    failed = [
+        f"{check.language}'s choices" if check.protocol == "choice" else check.language
+        for check in verdict.checks
+        if not check.result.holds
+    ]
+    return f"fails: {', '.join(failed)}" if failed else "holds"
+
+
+def _examples(values: np.ndarray) -> list[Example]:
+    return [Example(str(row), float(value)) for row, value in enumerate(values)]
+
+
+def languages_table(
+    sides: Mapping[str, Side], chosen: Sequence[str], columns: Sequence[Column]
+) -> str:
+    """Figure by figure what became of each language, which a mean over languages can hide."""
+    languages = (*LANGUAGES, CENTRAL)
+    lines = [
+        f"| figure | setting | {' | '.join(languages)} |",
+        f"|{'-|' * (2 + len(languages))}",
+    ]
+    for column in columns:
+        for name in ("base", *chosen):
+            if name in sides and column.of(languages, sides[name]):
+                cells = [
+                    column.cell(sides["base"], sides[name], [one], with_interval=False)
+                    for one in languages
+                ]
+                lines.append(f"| {column.title} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def seed_spread(sides: Mapping[str, Side], chosen: Sequence[str]) -> str:
+    """How far seeds lie apart, beside how far the setting lies from the base."""
+    base = sides["base"]
+    lines = ["| setting | replies of each seed, % |", "|-|-|"]
+    names = REPLIES.of(LANGUAGES, base)
+    (before,) = base.of_seeds(names)
+    for name in chosen:
+        if name in sides and len(sides[name].contents) > 1:
+            each = [100 * (one / before - 1) for one in sides[name].of_seeds(names)]
+            lines.append(f"| {name} | {', '.join(f'{one:+.2f}' for one in each)} |")
+    return "\n".join(lines)
+
+
+# What each of these changes in the one before it; on the development rows.
+STEPS = (
+    ("faster", "states", "push by what answers lack, not all alike"),
+    ("states", "auto", "retain the distribution, not mean states"),
+    ("auto-states10", "auto-kl10", "the same, at ten times the weight"),
+    ("no-align", "auto", "align"),
+    ("auto-kl10", "answer-kl10", "act along a reply, not at the last prompt token"),
+    ("answers-64", "answers-lens", "align and separate, beside learning answers"),
+    ("answers-64", "answers-english", "learn English answers as well"),
+    ("answers-64", "answers-retain", "learn 128 tokens of an answer, not 64"),
+    ("answers-retain", "answers", "retain nothing while learning answers"),
+    ("answers", "sft", "a step for 8 answers of any language, not for 2 rows in all six"),
+    ("no-separate", "auto", "separate"),
+    ("no-retain", "states", "retain mean states"),
+    ("auto", "complement", "align in all that is not specific, not in one dimension"),
+    ("states", "default", "retain each token's state, of the targets too, not English mean states"),
+    ("default", "default10", "the same, at ten times the weight"),
+    ("default-no-separate", "default", "separate, in the default preset"),
+    ("default-no-align", "default", "align, in the default preset"),
+    ("default-english", "default", "retain the targets' tokens, too, not English ones alone"),
+    ("default-layers1", "default", "train two layers, not one, in the default preset"),
+    ("default-rank1", "default", "six dimensions of the specific subspace, not one"),
+    ("default-rank3", "default", "six dimensions of the specific subspace, not three"),
+    ("default", "default-complement", "align in all that is not specific, in the default preset"),
+    ("default-rows25", "default-rows50", "48 rows, not 24, in the default preset"),
+    ("default-rows50", "default", "96 rows, not 48, in the default preset"),
+    ("layers1", "auto", "train two layers, not one"),
+    ("auto", "layers4", "train four layers, not two"),
+    ("rows25", "rows50", "48 rows, not 24"),
+    ("rows50", "auto", "96 rows, not 48"),
+    ("states", "small-batch", "two rows a step, not eight"),
+)
+
+
+def steps_table(sides: Mapping[str, Side]) -> str:
+    """What one change makes of a setting, row by row."""
+    lines = [
+        "| change | from, to | targets: replies, % | texts, % | English: replies, % | texts, % |",
+        f"|{'-|' * 6}",
+    ]
+    for before, after, what in STEPS:
+        if before in sides and after in sides:
+            cells = [
+                column.cell(sides[before], sides[after], languages)
+                for languages in (LANGUAGES, (CENTRAL,))
+                for column in (REPLIES, TEXTS)
+            ]
+            lines.append(f"| {what} | {before}, {after} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def models_table(settings: Sequence[str]) -> str | None:
+    """What some settings do to every model, on the development rows; None where none is kept."""
+    head = ["model", "setting", "replies, %", "texts, %", "of one language at worst, %"]
+    head += ["English: replies, %", "texts, %", "gate"]
+    lines = [f"| {' | '.join(head)} |", f"|{'-|' * len(head)}"]
+    for model, title in MODELS.items():
+        sides = read(model, "development")
+        for name in settings:
+            if name not in sides:
+                continue
+            base, side = sides["base"], sides[name]
+            compared = {k: compare(base, side, TEXTS.of([k], base)) for k in LANGUAGES}
+            changes = {k: one.difference for k, one in compared.items() if one is not None}
+            worst = max(changes, key=lambda k: changes[k])
+            cells = [column.cell(base, side, LANGUAGES) for column in (REPLIES, TEXTS)]
+            cells.append(f"{worst} {TEXTS.cell(base, side, [worst])}")
+            cells += [column.cell(base, side, (CENTRAL,)) for column in (REPLIES, TEXTS)]
+            lines.append(f"| {' | '.join([title, name, *cells, gate(base, side)])} |")
+    return "\n".join(lines) if len(lines) > 2 else None
+
+
+def groups_table(model: str) -> str | None:
+    """Languages like the central one beside others, each group trained by itself."""
+    columns = (REPLIES, TEXTS, FIDELITY, REPEATING, SOUND)
+    lines = [
+        f"| languages | setting | {' | '.join(one.title for one in columns)} "
+        "| English: replies, % | texts, % |",
+        f"|{'-|' * (len(columns) + 4)}",
+    ]
+    for split, languages in GROUPS.items():
+        sides = read(model, split)
+        for name in sorted(sides, key=lambda one: (one != "base", one)):
+            cells = [column.cell(sides["base"], sides[name], languages) for column in columns]
+            cells += [c.cell(sides["base"], sides[name], (CENTRAL,)) for c in (REPLIES, TEXTS)]
+            lines.append(f"| {', '.join(languages)} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else None
+
+
+def steering_table(model: str) -> str | None:
+    """What `polylens steer --measure` found, language by language; None where nothing was kept.
+
+    Answers in the central language to questions in the other one are its leakage.
+    """
+    paths = sorted((folder(model) / "steering").glob("*.json"))
+    if not paths:
+        return None
+    lines = [
+        "| towards | strength | answers in it | in English | repeating | bits per byte, change "
+        "| English questions answered in English | repeating | bits per byte, change |",
+        f"|{'-|' * 9}",
+    ]
+    for path in paths:
+        content = read_json(path)
+        for one in content["results"]:
+            cells = [f"{action['strength']:g}" for action in one["actions"]] or ["none"]
+            for language in (path.stem, CENTRAL):
+                own = one["fidelity"][language]
+                cells.append(f"{own['passed']} of {own['n']}")
+                if language != CENTRAL:
+                    cells.append(str(own["answered"].get(CENTRAL, 0)))
+                cells += [str(own["repeating"]), _change(one["measures"], language)]
+            lines.append(f"| {' | '.join([path.stem, *cells])} |")
+    return "\n".join(lines)
+
+
+def search_table(model: str) -> str | None:
+    """What `polylens search` chose, beside the default settings; None where nothing was kept."""
+    paths = sorted((folder(model) / "search").glob("*.json"))
+    if not paths:
+        return None
+    lines = [
+        "| language | trials | settings | dial | gain on development rows, % | on report rows, % "
+        "| gate on report rows |",
+        f"|{'-|' * 7}",
+    ]
+    for path in paths:
+        content = read_json(path)
+        usual = content["default"]["settings"]
+        for name in ("default", "best"):
+            one = content[name]
+            changed = [f"{k}={v}" for k, v in one["settings"].items() if v != usual[k]]
+            cells = [
+                path.stem,
+                str(content["n_trials"]),
+                ", ".join(changed) or "the default of then",
+                f"{one['development']['strength']:g}",
+                *(_gain(one[rows]["gain"]) for rows in ("development", "report")),
+                "holds" if one["report"]["holds"] else "fails",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _gain(gain: Mapping[str, float]) -> str:
+    return f"{gain['value']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f})"
+
+
+def _change(measures: Sequence[Mapping[str, Any]], language: str) -> str:
+    """Bits per byte of texts against the untouched model's."""
+    for one in measures:
+        if one["task"]["name"] == f"bits_per_byte_{language}":
+            change = one["change"]
+            return f"{change['difference']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
+    return ""
