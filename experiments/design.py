@@ -39,7 +39,15 @@ GROUPS: dict[Split, tuple[str, ...]] = {
     "distant": ("zh", "sw", "bn"),
 }
 Method = Literal[
-    "lens", "sft", "sft-lora", "sft-translations", "pretraining", "few-shot", "steering"
+    "lens",
+    "pads",
+    "cuts",
+    "sft",
+    "sft-lora",
+    "sft-translations",
+    "pretraining",
+    "few-shot",
+    "steering",
 ]
 
 
@@ -48,7 +56,7 @@ class Setting:
     """One way to change a model, or what it answers.
 
     Attributes:
-        method: Lens, or what one would do instead.
+        method: Lens, also with a fault of the published code, or what one would do instead.
         settings: those of the method that differ from its own defaults.
         rows: training rows; None takes all.
         probe: settings of the subspaces that differ from their defaults.
@@ -147,6 +155,10 @@ SETTINGS: dict[str, Setting] = {
     ),
     "default-rows25": Setting("lens", PRESETS["default"]["train"], rows=24),
     "default-rows50": Setting("lens", PRESETS["default"]["train"], rows=48),
+    "faster-pads": Setting("pads", {**_PAPER, **_FASTER}),
+    "faster-cuts": Setting("cuts", {**_PAPER, **_FASTER}),
+    "default-pads": Setting("pads", PRESETS["default"]["train"]),
+    "default-cuts": Setting("cuts", PRESETS["default"]["train"]),
     "rank16": lens(**{**_AUTO, "learning_rate": 1e-3}, update_rank=16),
     "answer": lens(**_AUTO, position="answer"),
     "answer-states": lens(**_FASTER, position="answer"),

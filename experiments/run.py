@@ -32,6 +32,7 @@ from design import (
     measured_rows,
     training_rows,
 )
+from faults import FAULTY, cut, probe_with_pads
 from polylens.artefacts import read_json, write_json
 from polylens.baselines import (
     LowRankSettings,
@@ -62,6 +63,7 @@ from untrained import UNTRAINED, answers_of
 
 HERE = Path(__file__).parent
 DELTAS = Path("runs/experiments")
+OF_LENS = ("lens", *FAULTY)
 PARTS = ("texts", "replies", "choices", "xcopa_letters", "xcopa", "answers", "penalised")
 
 
@@ -107,9 +109,9 @@ def make_deltas(
     paths = {name: folder / f"{_digest(SETTINGS[name], rows)}-{seed}.safetensors" for name in names}
     left = [name for name in {paths[n]: n for n in names}.values() if not paths[name].exists()]
     for name in left:
-        if SETTINGS[name].method != "lens":
+        if SETTINGS[name].method not in OF_LENS:
             _save(_baseline(model, SETTINGS[name], seed, rows, languages), paths[name])
-    of_lens = [name for name in left if SETTINGS[name].method == "lens"]
+    of_lens = [name for name in left if SETTINGS[name].method in OF_LENS]
     while of_lens:
         first = _states_of(SETTINGS[of_lens[0]])
         chosen = [n for n in of_lens if _states_of(SETTINGS[n]) == first]
@@ -124,7 +126,8 @@ def make_deltas(
 
 def _states_of(setting: Setting) -> tuple[Any, ...]:
     """What determines the states that a setting of Lens trains from."""
-    return setting.rows, setting.probe, TrainSettings(**setting.settings).max_answer_tokens
+    settings = TrainSettings(**setting.settings)
+    return setting.method, setting.rows, setting.probe, settings.max_answer_tokens
 
 
 def _digest(setting: Setting, rows: ParallelCorpus) -> str:
@@ -151,15 +154,16 @@ def _lens(
     languages = (CENTRAL, *targets)
     texts, style = rows.to_corpus(), choose_format(model.tokenizer, "auto")
     probe_settings = ProbeSettings(**first.probe)
-    subspaces = probe_prompts(
-        model,
-        encode_texts(texts, languages, style, model.tokenizer, probe_settings.max_tokens),
-        central=CENTRAL,
-        settings=probe_settings,
-        template=style.name,
-    )
+    probing = encode_texts(texts, languages, style, model.tokenizer, probe_settings.max_tokens)
+    if first.method == "pads":
+        subspaces = probe_with_pads(model, probing, CENTRAL, probe_settings)
+    else:
+        how: dict[str, Any] = {"settings": probe_settings, "template": style.name}
+        subspaces = probe_prompts(model, probing, central=CENTRAL, **how)
     settings = [TrainSettings(**SETTINGS[name].settings) for name in names]
     prompts = encode_shared(model.tokenizer, style, rows, languages, settings)
+    if first.method == "cuts":
+        prompts = cut(rows, languages, style, model, settings[0].max_tokens)
     if any(one.strength == "auto" for one in settings):
         # The same for every seed.
         path = folder / f"shortfall-{len(rows.rows)}-{'-'.join(targets)}.json"

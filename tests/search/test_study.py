@@ -144,6 +144,24 @@ def test_a_trial_is_stopped_if_it_is_clearly_worse(tmp_path: Path) -> None:
         study.tell(Trial(number, claimed[1], "measured", "", tuple(holding), {}))
 
 
+def test_the_best_third_of_the_previews_goes_on(tmp_path: Path) -> None:
+    gains = (2.0, 1.0, 3.0, 2.5, 2.9, 2.8, 2.7)
+    study = Study(tmp_path, SPACE, START, n_trials=len(gains), seed=0)
+    stopped = []
+    for number, gain in enumerate(gains):
+        claimed = study.claim()
+        assert claimed is not None
+        holding = [Point(1.0, Figure(gain, gain - 9, gain + 9), 0, 0, True, "", ())]
+        study.note(number, "preview", holding)
+        reason = study.stop("preview", holding)
+        stopped.append(bool(reason))
+        outcome: Any = "previewed" if reason else "measured"
+        study.tell(Trial(number, claimed[1], outcome, reason, tuple(holding), {}))
+    # The best so far goes on, from the sixth on the second best, too.
+    assert stopped == [False, True, False, True, True, True, True]
+    assert reason == "its gain of +2.70 is below that of 3 of 6"
+
+
 def test_refused_trials_count_and_do_no_harm(tmp_path: Path) -> None:
     study = Study(tmp_path, SPACE, START, n_trials=12, seed=0)
     while (claimed := study.claim()) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -200,8 +201,11 @@ class Staged:
         holding: dict[str, tuple[float, ...]],
         error: Exception | None = None,
         peak: float = 9.0,
+        previews: bool = False,
     ):
         self.holding = holding
+        self.previews = previews
+        self.shares: list[float] = []  # of the rows, of each training
         self.error = error
         self.peak = peak  # the strength of the highest gain
         self.measured: list[tuple[str, tuple[float, ...]]] = []
@@ -209,7 +213,8 @@ class Staged:
     def stages(self, sample: object) -> tuple[str, ...]:
         return tuple(self.holding)
 
-    def train(self, settings: object) -> CrownDelta:
+    def train(self, settings: object, share: float = 1.0) -> CrownDelta:
+        self.shares.append(share)
         if self.error is not None:
             raise self.error
         return CrownDelta({}, {"layers": (3,)})
@@ -231,8 +236,9 @@ class Staged:
         )
 
 
-def run(bench: Staged, stop: str = "") -> Any:
-    return run_trial(bench, 0, {}, (0.5, 1.0, 2.0), None, lambda *_: stop)  # type: ignore[arg-type]
+def run(bench: Staged, stop: str = "", number: int = 0) -> Any:
+    strengths = (0.5, 1.0, 2.0)
+    return run_trial(bench, number, {}, strengths, None, lambda *_: stop)  # type: ignore[arg-type]
 
 
 def test_a_strength_at_which_the_gate_fails_is_not_measured_further() -> None:
@@ -283,6 +289,60 @@ def test_a_trial_stops_where_it_is_told_to_but_not_after_the_last_stage() -> Non
     assert run(bench, "worse").reason == "worse"
     assert {stage for stage, _ in bench.measured} == {"texts"}
     assert run(Staged({"texts": (0.5,)}), "worse").outcome == "measured"
+
+
+def test_a_trial_that_the_preview_stops_is_not_trained_on_all_rows() -> None:
+    bench = Staged({"texts": (0.5, 1.0, 2.0), "chat": (0.5,)}, peak=0.7, previews=True)
+    trial = run(bench, "worse", number=1)
+    assert (trial.outcome, trial.reason, trial.best) == ("previewed", "worse", None)
+    assert bench.shares == [0.25]
+    assert bench.measured == [("texts", (0.5,)), ("texts", (1.0,))]
+    assert [point.strength for point in trial.points] == [0.5, 1.0]
+    assert trial.seconds.keys() == {"preview"}
+    harmful = run(Staged({"texts": ()}, previews=True), number=1)
+    assert harmful.outcome == "previewed"
+    assert harmful.reason == "the gate fails at the lowest strength on preview"
+
+
+def test_the_first_trial_is_trained_on_all_rows_whatever_its_preview() -> None:
+    bench = Staged({"texts": (0.5,)}, previews=True)
+    assert run(bench, "worse").outcome == "measured"
+    assert bench.shares == [0.25, 1.0]
+    assert run(Staged({"texts": (0.5,)}, previews=True), number=1).outcome == "measured"
+
+
+def test_a_preview_trains_on_the_first_rows_and_pushes_as_the_whole_would(
+    config: RunConfig,
+) -> None:
+    collect = Counting()
+    bench = make_bench(config, KeptStates((3,), collect))
+    settings = {"train.layers": 1, "train.strength": "auto"}
+    whole = bench.train(settings)
+    n_passes = len(collect.calls)
+    preview = bench.train(settings, 0.5)
+    assert len(collect.calls) == n_passes
+    strengths = whole.metadata["settings"]["strength"]
+    assert preview.metadata["settings"]["strength"] == strengths
+    own = changed(config, {**settings, "train.strength": strengths})
+    plan = make_plan(own, RUNTIME)
+    subspaces = probe_prompts(
+        bench.model, plan.probing, central="en", settings=own.probe,
+        template=plan.prompt_format.name, token_budget=512, collect=fresh_hidden_states,
+    )  # fmt: skip
+    assert len(plan.training.rows) == 4
+    half = dataclasses.replace(plan.training, rows=plan.training.rows[:2])
+    (expected,) = train_prompts(
+        bench.model, subspaces, half, settings=[own.train], seed=own.seed, token_budget=512,
+        collect=fresh_hidden_states,
+    )  # fmt: skip
+    for name, change in preview.changes.items():
+        assert torch.equal(change, expected.changes[name]), name
+        assert not torch.equal(change, whole.changes[name])
+
+
+def test_few_rows_have_no_preview(config: RunConfig) -> None:
+    assert not make_bench(config, fresh_hidden_states).previews
+    assert make_bench(changed(config, {"train.rows": 32}), fresh_hidden_states).previews
 
 
 def test_a_training_that_runs_away_is_refused_and_the_search_goes_on() -> None:

@@ -46,9 +46,10 @@ def render_search(result: SearchResult, config: RunConfig) -> str:
 
 
 def front_figure(result: SearchResult) -> go.Figure:
-    """Draw every point that was measured: gain of the targets against loss of the centre."""
+    """Draw the points of trainings on all rows: gain of the targets against loss of the centre."""
     figure = go.Figure()
-    points = [(trial, p) for trial in result.trials for p in trial.points]
+    whole = [trial for trial in result.trials if trial.outcome != "previewed"]
+    points = [(trial, p) for trial in whole for p in trial.points]
     for holds, name, symbol in ((True, "gate holds", "circle"), (False, "fails", "circle-open")):
         own = [(trial, p) for trial, p in points if p.holds == holds]
         figure.add_scatter(

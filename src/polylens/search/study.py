@@ -25,6 +25,7 @@ from polylens.artefacts import readable_storage_errors
 from polylens.errors import MissingExtraError
 from polylens.search.space import Choice, Dimension, Range, Space
 from polylens.search.trials import Point, Trial
+from polylens.search.workbench import PREVIEW
 
 try:
     import optuna
@@ -46,7 +47,11 @@ _N_RANDOM = 8
 # Violation of the constraint where there is nothing to measure; the gate's are a few margins.
 _REFUSED = 100.0
 
-_PROCESS, _VIOLATION, _LOW = "process", "violation", "low."
+# Of the previews so far, one in so many goes on (successive halving: Li et al. 2020, ASHA,
+# arXiv 1810.05934).
+_REDUCTION = 3
+
+_PROCESS, _VIOLATION, _NOTED = "process", "violation", "noted."
 
 
 class Study:
@@ -115,14 +120,18 @@ class Study:
     def stop(self, stage: str, holding: Sequence[Point]) -> str:
         """Say why a trial should stop after a stage; "" where it should go on.
 
-        It is clearly worse if the upper ends of its gains lie below the lower end of the best
-        trial's gain on the same tasks; trials at which the gate fails in the end do not count.
+        A preview must be among the best third of all so far; the best always goes on. After another
+        stage a trial is clearly worse if the upper ends of its gains lie below the lower end of the
+        best trial's gain on the same tasks; trials at which the gate fails in the end do not count.
         """
-        lows = [
-            frozen.user_attrs[_LOW + stage]
-            for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if _LOW + stage in frozen.user_attrs and frozen.user_attrs[_VIOLATION] <= 0
-        ]
+        if stage == PREVIEW:
+            gain = max(point.gain.value for point in holding)
+            previews = self._noted(stage, (TrialState.COMPLETE, TrialState.PRUNED))
+            n_better = sum(one > gain for one in previews)
+            if n_better >= max(1, (len(previews) + 1) // _REDUCTION):
+                return f"its gain of {gain:+.2f} is below that of {n_better} of {len(previews)}"
+            return ""
+        lows = self._noted(stage, (TrialState.COMPLETE,), holding=True)
         most = max(point.gain.high for point in holding)
         if lows and most < max(lows):
             return (
@@ -131,17 +140,29 @@ class Study:
             )
         return ""
 
+    def _noted(
+        self, stage: str, states: tuple[TrialState, ...], *, holding: bool = False
+    ) -> list[float]:
+        """What `note` kept of finished trials, of all or of those at which the gate holds."""
+        return [
+            frozen.user_attrs[_NOTED + stage]
+            for frozen in self._study.get_trials(deepcopy=False, states=states)
+            if _NOTED + stage in frozen.user_attrs
+            and (not holding or frozen.user_attrs[_VIOLATION] <= 0)
+        ]
+
     def note(self, number: int, stage: str, holding: Sequence[Point]) -> None:
         """Keep what later trials are compared with after the same stage."""
-        best = max(holding, key=lambda point: point.gain.value)
+        best = max((point.gain for point in holding), key=lambda gain: gain.value)
         with self._alone():
-            self._trial(number).set_user_attr(_LOW + stage, best.gain.low)
+            noted = best.value if stage == PREVIEW else best.low
+            self._trial(number).set_user_attr(_NOTED + stage, noted)
 
     def tell(self, trial: Trial) -> None:
         """Give Optuna a finished trial.
 
-        Its value is the gain at the best strength that the gate allows; where it allows none, that
-        at the lowest strength, and the constraint is how far the loss is beyond the margin there.
+        Its value is the highest gain at which the gate holds; where it holds nowhere, that at the
+        lowest strength, and the constraint is how far the loss is beyond the margin there.
         """
         with _quiet(), self._alone():
             handle = self._trial(trial.number)
@@ -149,14 +170,15 @@ class Study:
                 handle.set_user_attr(_VIOLATION, _REFUSED)
                 self._study.tell(handle, state=TrialState.PRUNED)
                 return
-            point = trial.best or next((p for p in trial.points if p.holds), trial.points[0])
+            holding = [point for point in trial.points if point.holds]
+            point = max(holding or trial.points[:1], key=lambda one: one.gain.value)
             excess = point.loss_bound - 1
             violation = min(0.0, excess) if point.holds else max(1e-6, excess)
             handle.set_user_attr(_VIOLATION, violation)
             if trial.outcome == "measured":
                 self._study.tell(handle, point.gain.value)
-            else:
-                handle.report(point.gain.value, 0)
+            else:  # the further it came, the better it is taken to be
+                handle.report(point.gain.value, int(trial.outcome == "stopped"))
                 self._study.tell(handle, state=TrialState.PRUNED)
 
     def _trial(self, number: int) -> optuna.Trial:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from polylens.evaluation.gate import Verdict
 from polylens.evaluation.measures import Measure
 
-Outcome = Literal["measured", "stopped", "refused"]
+Outcome = Literal["measured", "previewed", "stopped", "refused"]
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,11 @@ class Trial:
     Attributes:
         number: from 0; that one has the settings that the search started from.
         settings: by dotted key.
-        outcome: "measured", "stopped" before all was measured, or "refused" by training.
-        reason: why it was stopped or refused.
-        points: by rising strength; of a stopped trial on what had been measured.
+        outcome: "measured"; "previewed", that is, no more than trained on a part of the rows;
+            "stopped" before all was measured; or "refused" by training.
+        reason: why it was not measured.
+        points: by rising strength; of a stopped trial on what had been measured, of a previewed
+            one on its part of the rows.
         seconds: by piece of work.
     """
 

@@ -2,14 +2,15 @@
 
 What a trial does is what `polylens enhance` does with the same settings, stage for stage and to the
 bit: the same plan, subspaces and training. Only the trunk passes are not repeated. `run_trial`
-measures the cheap parts first, and stops where the rest cannot change the outcome.
+trains on a part of the rows first, measures the cheap parts first, and stops where the rest would
+hardly change the outcome.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,10 @@ from polylens.evaluation.tasks import TaskSpec
 from polylens.execution import Execution
 from polylens.merging import choose_dtype
 from polylens.models.loading import LanguageModel
-from polylens.plan import make_plan
+from polylens.plan import choose_rows, make_plan
 from polylens.progress import Progress, silent
 from polylens.prompts import ParallelPrompts
-from polylens.search.trials import Point, Trial, central_loss, target_gain
+from polylens.search.trials import Outcome, Point, Trial, central_loss, target_gain
 from polylens.shortfall import measure_shortfall, strengths_of
 from polylens.states_cache import Collect
 from polylens.steps import probe_prompts, train_prompts
@@ -41,6 +42,12 @@ from polylens.steps import probe_prompts, train_prompts
 # to report on. Tasks that are translations of each other in one order keep an example on one side
 # in all languages.
 _EXAMPLES = {"development": (0, 2), "report": (1, 2)}
+
+# The stage before a trial trains on all rows.
+PREVIEW = "preview"
+# It has this share of them, or is left out where that is too few to tell one setting from another.
+PREVIEW_SHARE = 0.25
+_MIN_PREVIEW_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Workbench:
         model: the untouched model.
         config: of the run that trials are; see `development_config`.
         answers: let candidates answer prompts, too, which costs more than all the rest.
+        previews: whether there are rows enough to train on a part of them first.
     """
 
     def __init__(
@@ -83,6 +91,8 @@ class Workbench:
         self.model = model
         self.config = config
         self.answers = answers
+        training, _ = choose_rows(config, offline=runtime.offline)
+        self.previews = PREVIEW_SHARE * len(training.rows) >= _MIN_PREVIEW_ROWS
         self._runtime = runtime
         self._execution = execution
         self._collect = collect
@@ -107,8 +117,12 @@ class Workbench:
         tasks = tuple(name for name in ("continuation", "chat") if name in protocols)
         return ("texts", *tasks, *(("answers",) if self.answers else ()))
 
-    def train(self, settings: Mapping[str, Any]) -> CrownDelta:
+    def train(self, settings: Mapping[str, Any], share: float = 1.0) -> CrownDelta:
         """Train a crown with some settings, as `polylens enhance` would.
+
+        Args:
+            settings: by dotted key.
+            share: of the rows to train on, the first ones.
 
         Raises:
             ConfigError: the settings do not go together.
@@ -127,10 +141,11 @@ class Workbench:
             collect=self._collect,
             progress=self._progress,
         )
+        rows = plan.training.rows[: max(1, int(share * len(plan.training.rows)))]
         (delta,) = train_prompts(
             self.model,
             subspaces,
-            plan.training,
+            dataclasses.replace(plan.training, rows=rows),
             settings=[self._with_strengths(config, plan.training)],
             seed=config.seed,
             token_budget=self._runtime.token_budget,
@@ -250,6 +265,10 @@ def _protocol(spec: TaskSpec) -> str:
     return "chat" if spec.chat else "continuation"
 
 
+class _RefusedError(Exception):
+    """Training cannot be done with some settings."""
+
+
 # Given a stage and the points so far at which the gate holds, why the trial should stop, or "".
 Stop = Callable[[str, Sequence[Point]], str]
 
@@ -262,11 +281,12 @@ def run_trial(
     sample: Sample,
     stop: Stop,
 ) -> Trial:
-    """Train and measure one trial.
+    """Train and measure one trial: on a part of the rows first, then on all.
 
     Each stage climbs the dial: a strength above one at which the gate fails is not measured, as the
-    dial would never be turned there. Nor, in the last stage, one above a strength at which the
-    gain is lower than below. Where the gate fails at the lowest strength, the trial stops.
+    dial would never be turned there. Nor, in the preview and the last stage, one above a strength
+    at which the gain is lower than below. Where the gate fails at the lowest strength, the trial
+    stops. The first one is always trained on all rows: the others are compared with it.
 
     Args:
         bench: see `Workbench`.
@@ -277,41 +297,80 @@ def run_trial(
         stop: asked after each stage but the last.
     """
     seconds: dict[str, float] = {}
+
+    def ended(outcome: Outcome, reason: str = "", points: Iterable[Point] = ()) -> Trial:
+        return Trial(number, settings, outcome, reason, tuple(points), seconds)
+
     try:
+        if bench.previews:
+            with _timed(seconds, PREVIEW):
+                delta = _train(bench, settings, PREVIEW_SHARE)
+                found = _climb(bench, delta, _nothing(strengths), sample, "texts", is_last=True)
+            reason = _why_stop(stop, PREVIEW, found)
+            if reason and number > 0:
+                return ended("previewed", reason, found)
         with _timed(seconds, "training"):
-            delta = bench.train(settings)
-    except (ConfigError, SubspaceError, TrainingError) as error:
-        return Trial(number, settings, "refused", str(error), (), seconds)
-    stages = bench.stages(sample)
-    # Strength → what was measured of it in all stages, the untouched model's side first.
-    runs: dict[float, list[TaskRun]] = {strength: [] for strength in strengths}
+            delta = _train(bench, settings)
+    except _RefusedError as error:
+        return ended("refused", str(error))
+    runs = _nothing(strengths)
     points: dict[float, Point] = {}
-    reason = ""
+    stages = bench.stages(sample)
     for stage in stages:
         is_last = stage == stages[-1]
-        holding: list[Point] = []
         with _timed(seconds, stage):
-            for strength in list(runs):
-                runs[strength] += bench.measure(delta, (strength,), sample, stage)
-                (point,) = bench.points(runs[strength], (strength,), sample)
-                points[strength] = point
-                if not point.holds:
-                    break
-                holding.append(point)
-                if is_last and len(holding) > 1 and point.gain.value < holding[-2].gain.value:
-                    break
-        if is_last:
-            break
-        reason = (
-            stop(stage, holding) if holding else f"the gate fails at the lowest strength on {stage}"
-        )
+            found = _climb(bench, delta, runs, sample, stage, is_last=is_last)
+        # A strength that an earlier stage allowed and this one did not reach is no point.
+        failing = {strength: point for strength, point in points.items() if not point.holds}
+        points = failing | {point.strength: point for point in found}
+        reason = "" if is_last else _why_stop(stop, stage, found)
         if reason:
             break
-        runs = {point.strength: runs[point.strength] for point in holding}
-    failing = {strength: point for strength, point in points.items() if not point.holds}
-    shown = failing | {point.strength: point for point in holding}
-    everything = tuple(shown[strength] for strength in sorted(shown))
-    return Trial(number, settings, "stopped" if reason else "measured", reason, everything, seconds)
+        runs = {point.strength: runs[point.strength] for point in found if point.holds}
+    in_order = (points[strength] for strength in sorted(points))
+    return ended("stopped" if reason else "measured", reason, in_order)
+
+
+def _train(bench: Workbench, settings: Mapping[str, Any], share: float = 1.0) -> CrownDelta:
+    try:
+        return bench.train(settings, share)
+    except (ConfigError, SubspaceError, TrainingError) as error:
+        raise _RefusedError(str(error)) from error
+
+
+def _nothing(strengths: Sequence[float]) -> dict[float, list[TaskRun]]:
+    """Strength → what was measured of it in all stages, the untouched model's side first."""
+    return {strength: [] for strength in strengths}
+
+
+def _climb(
+    bench: Workbench,
+    delta: CrownDelta,
+    runs: dict[float, list[TaskRun]],
+    sample: Sample,
+    stage: str,
+    *,
+    is_last: bool,
+) -> list[Point]:
+    """Measure a stage from the lowest strength up, adding to `runs`; return the points.
+
+    The last one is where the gate fails or, in the last stage, the gain falls, if that is so.
+    """
+    points: list[Point] = []
+    for strength in runs:
+        runs[strength] += bench.measure(delta, (strength,), sample, stage)
+        (point,) = bench.points(runs[strength], (strength,), sample)
+        points.append(point)
+        if not point.holds:
+            break
+        if is_last and len(points) > 1 and point.gain.value < points[-2].gain.value:
+            break
+    return points
+
+
+def _why_stop(stop: Stop, stage: str, found: Sequence[Point]) -> str:
+    holding = [point for point in found if point.holds]
+    return stop(stage, holding) if holding else f"the gate fails at the lowest strength on {stage}"
 
 
 @contextmanager
