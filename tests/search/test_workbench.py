@@ -292,23 +292,29 @@ def test_a_trial_stops_where_it_is_told_to_but_not_after_the_last_stage() -> Non
 
 
 def test_a_trial_that_the_preview_stops_is_not_trained_on_all_rows() -> None:
-    bench = Staged({"texts": (0.5, 1.0, 2.0), "chat": (0.5,)}, peak=0.7, previews=True)
+    bench = Staged({"texts": (0.5,), "chat": (0.5,)}, previews=True)
     trial = run(bench, "worse", number=1)
     assert (trial.outcome, trial.reason, trial.best) == ("previewed", "worse", None)
     assert bench.shares == [0.25]
-    assert bench.measured == [("texts", (0.5,)), ("texts", (1.0,))]
-    assert [point.strength for point in trial.points] == [0.5, 1.0]
+    assert bench.measured == [("texts", (1.0,))]
+    assert [(point.strength, point.holds) for point in trial.points] == [(1.0, False)]
     assert trial.seconds.keys() == {"preview"}
-    harmful = run(Staged({"texts": ()}, previews=True), number=1)
-    assert harmful.outcome == "previewed"
-    assert harmful.reason == "the gate fails at the lowest strength on preview"
 
 
-def test_the_first_trial_is_trained_on_all_rows_whatever_its_preview() -> None:
-    bench = Staged({"texts": (0.5,)}, previews=True)
-    assert run(bench, "worse").outcome == "measured"
-    assert bench.shares == [0.25, 1.0]
-    assert run(Staged({"texts": (0.5,)}, previews=True), number=1).outcome == "measured"
+def test_what_the_preview_does_not_stop_is_measured_whole_and_so_is_the_first_trial() -> None:
+    for number, why in ((1, ""), (0, "worse")):
+        bench = Staged({"texts": (0.5,)}, previews=True)
+        trial = run(bench, why, number=number)
+        assert trial.outcome == "measured"
+        assert bench.shares == [0.25, 1.0]
+        assert [point.strength for point in trial.points] == [0.5, 1.0]
+
+
+def test_what_loses_at_the_lowest_strength_is_not_measured_above_it() -> None:
+    everywhere = (0.5, 1.0, 2.0)
+    trial = run(Staged({"texts": everywhere}, peak=0.2))
+    assert [point.strength for point in trial.points] == [0.5]
+    assert trial.points[0].gain.value < 0
 
 
 def test_a_preview_trains_on_the_first_rows_and_pushes_as_the_whole_would(

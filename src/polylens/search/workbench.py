@@ -281,12 +281,13 @@ def run_trial(
     sample: Sample,
     stop: Stop,
 ) -> Trial:
-    """Train and measure one trial: on a part of the rows first, then on all.
+    """Train and measure one trial: on a part of the rows and at one strength first, then whole.
 
     Each stage climbs the dial: a strength above one at which the gate fails is not measured, as the
-    dial would never be turned there. Nor, in the preview and the last stage, one above a strength
-    at which the gain is lower than below. Where the gate fails at the lowest strength, the trial
-    stops. The first one is always trained on all rows: the others are compared with it.
+    dial would never be turned there. Nor, in the last stage, one above a strength at which the
+    gain is lower than below, where the untouched model has a gain of 0. Where the gate fails at the
+    lowest strength, the trial stops. The first trial is measured whole, since the others are
+    compared with it.
 
     Args:
         bench: see `Workbench`.
@@ -305,28 +306,37 @@ def run_trial(
         if bench.previews:
             with _timed(seconds, PREVIEW):
                 delta = _train(bench, settings, PREVIEW_SHARE)
-                found = _climb(bench, delta, _nothing(strengths), sample, "texts", is_last=True)
-            reason = _why_stop(stop, PREVIEW, found)
+                strength = (min(strengths, key=lambda one: abs(one - 1)),)
+                runs = bench.measure(delta, strength, sample, "texts")
+                found = bench.points(runs, strength, sample)
+            reason = stop(PREVIEW, found)
             if reason and number > 0:
                 return ended("previewed", reason, found)
         with _timed(seconds, "training"):
             delta = _train(bench, settings)
     except _RefusedError as error:
         return ended("refused", str(error))
-    runs = _nothing(strengths)
+    # Strength → what was measured of it in all stages, the untouched model's side first.
+    of_strength: dict[float, list[TaskRun]] = {strength: [] for strength in strengths}
     points: dict[float, Point] = {}
+    reason = ""
     stages = bench.stages(sample)
     for stage in stages:
         is_last = stage == stages[-1]
         with _timed(seconds, stage):
-            found = _climb(bench, delta, runs, sample, stage, is_last=is_last)
+            found = _climb(bench, delta, of_strength, sample, stage, is_last=is_last)
         # A strength that an earlier stage allowed and this one did not reach is no point.
         failing = {strength: point for strength, point in points.items() if not point.holds}
         points = failing | {point.strength: point for point in found}
-        reason = "" if is_last else _why_stop(stop, stage, found)
+        holding = [point for point in found if point.holds]
+        if is_last:
+            break
+        reason = (
+            stop(stage, holding) if holding else f"the gate fails at the lowest strength on {stage}"
+        )
         if reason:
             break
-        runs = {point.strength: runs[point.strength] for point in found if point.holds}
+        of_strength = {point.strength: of_strength[point.strength] for point in holding}
     in_order = (points[strength] for strength in sorted(points))
     return ended("stopped" if reason else "measured", reason, in_order)
 
@@ -338,39 +348,25 @@ def _train(bench: Workbench, settings: Mapping[str, Any], share: float = 1.0) ->
         raise _RefusedError(str(error)) from error
 
 
-def _nothing(strengths: Sequence[float]) -> dict[float, list[TaskRun]]:
-    """Strength → what was measured of it in all stages, the untouched model's side first."""
-    return {strength: [] for strength in strengths}
-
-
 def _climb(
     bench: Workbench,
     delta: CrownDelta,
-    runs: dict[float, list[TaskRun]],
+    of_strength: dict[float, list[TaskRun]],
     sample: Sample,
     stage: str,
     *,
     is_last: bool,
-) -> list[Point]:
-    """Measure a stage from the lowest strength up, adding to `runs`; return the points.
-
-    The last one is where the gate fails or, in the last stage, the gain falls, if that is so.
-    """
+) -> tuple[Point, ...]:
+    """Measure a stage from the lowest strength up, adding to `of_strength`; return the points."""
     points: list[Point] = []
-    for strength in runs:
-        runs[strength] += bench.measure(delta, (strength,), sample, stage)
-        (point,) = bench.points(runs[strength], (strength,), sample)
-        points.append(point)
-        if not point.holds:
+    gain = 0.0
+    for strength, runs in of_strength.items():
+        runs += bench.measure(delta, (strength,), sample, stage)
+        points += bench.points(runs, (strength,), sample)
+        below, gain = gain, points[-1].gain.value
+        if not points[-1].holds or (is_last and gain < below):
             break
-        if is_last and len(points) > 1 and point.gain.value < points[-2].gain.value:
-            break
-    return points
-
-
-def _why_stop(stop: Stop, stage: str, found: Sequence[Point]) -> str:
-    holding = [point for point in found if point.holds]
-    return stop(stage, holding) if holding else f"the gate fails at the lowest strength on {stage}"
+    return tuple(points)
 
 
 @contextmanager
