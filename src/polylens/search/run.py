@@ -184,9 +184,9 @@ def _do_trials(
     while (claimed := study.claim()) is not None:
         number, settings = claimed
 
-        def stop(stage: str, holding: Sequence[Point], number: int = number) -> str:
-            study.note(number, stage, holding)
-            return study.stop(stage, holding)
+        def stop(stage: str, points: Sequence[Point], number: int = number) -> str:
+            study.note(number, stage, points)
+            return study.stop(stage, points)
 
         path = folder.trial(number)
         if path.exists():  # killed between writing it and telling Optuna

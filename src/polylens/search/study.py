@@ -117,7 +117,7 @@ class Study:
         """Trials that other processes are running."""
         return len(self._running())
 
-    def stop(self, stage: str, holding: Sequence[Point]) -> str:
+    def stop(self, stage: str, points: Sequence[Point]) -> str:
         """Say why a trial should stop after a stage; "" where it should go on.
 
         A preview must be among the best third of all so far; the best always goes on. After another
@@ -125,14 +125,14 @@ class Study:
         best trial's gain on the same tasks; trials at which the gate fails in the end do not count.
         """
         if stage == PREVIEW:
-            gain = max(point.gain.value for point in holding)
+            gain = max(point.gain.value for point in points)
             previews = self._noted(stage, (TrialState.COMPLETE, TrialState.PRUNED))
             n_better = sum(one > gain for one in previews)
             if n_better >= max(1, (len(previews) + 1) // _REDUCTION):
                 return f"its gain of {gain:+.2f} is below that of {n_better} of {len(previews)}"
             return ""
         lows = self._noted(stage, (TrialState.COMPLETE,), holding=True)
-        most = max(point.gain.high for point in holding)
+        most = max(point.gain.high for point in points)
         if lows and most < max(lows):
             return (
                 f"after {stage} the gain is at most {most:+.2f}, the best trial's at least "
@@ -151,9 +151,9 @@ class Study:
             and (not holding or frozen.user_attrs[_VIOLATION] <= 0)
         ]
 
-    def note(self, number: int, stage: str, holding: Sequence[Point]) -> None:
+    def note(self, number: int, stage: str, points: Sequence[Point]) -> None:
         """Keep what later trials are compared with after the same stage."""
-        best = max((point.gain for point in holding), key=lambda gain: gain.value)
+        best = max((point.gain for point in points), key=lambda gain: gain.value)
         with self._alone():
             noted = best.value if stage == PREVIEW else best.low
             self._trial(number).set_user_attr(_NOTED + stage, noted)

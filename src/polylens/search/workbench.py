@@ -269,7 +269,8 @@ class _RefusedError(Exception):
     """Training cannot be done with some settings."""
 
 
-# Given a stage and the points so far at which the gate holds, why the trial should stop, or "".
+# Given a stage and its points, of all but the preview those at which the gate holds: why the trial
+# should stop, or "".
 Stop = Callable[[str, Sequence[Point]], str]
 
 
