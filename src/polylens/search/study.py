@@ -129,7 +129,10 @@ class Study:
             previews = self._noted(stage, (TrialState.COMPLETE, TrialState.PRUNED))
             n_better = sum(one > gain for one in previews)
             if n_better >= max(1, (len(previews) + 1) // _REDUCTION):
-                return f"its gain of {gain:+.2f} is below that of {n_better} of {len(previews)}"
+                return (
+                    f"on a part of the rows it gains {gain:+.2f} %, less than {n_better} of the "
+                    f"{len(previews)} trials before it"
+                )
             return ""
         lows = self._noted(stage, (TrialState.COMPLETE,), holding=True)
         most = max(point.gain.high for point in points)
