@@ -158,12 +158,14 @@ def _lens(
     if first.method == "pads":
         subspaces = probe_with_pads(model, probing, CENTRAL, probe_settings)
     else:
-        how: dict[str, Any] = {"settings": probe_settings, "template": style.name}
-        subspaces = probe_prompts(model, probing, central=CENTRAL, **how)
+        subspaces = probe_prompts(
+            model, probing, central=CENTRAL, settings=probe_settings, template=style.name
+        )
     settings = [TrainSettings(**SETTINGS[name].settings) for name in names]
-    prompts = encode_shared(model.tokenizer, style, rows, languages, settings)
     if first.method == "cuts":
         prompts = cut(rows, languages, style, model, settings[0].max_tokens)
+    else:
+        prompts = encode_shared(model.tokenizer, style, rows, languages, settings)
     if any(one.strength == "auto" for one in settings):
         # The same for every seed.
         path = folder / f"shortfall-{len(rows.rows)}-{'-'.join(targets)}.json"

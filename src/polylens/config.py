@@ -181,6 +181,11 @@ class TrainSettings(CrownSettings):
             )
         return self
 
+    @property
+    def pushes_by_shortfall(self) -> bool:
+        """Whether the untouched model's own answers tell how far to push."""
+        return self.strength == "auto" and self.separate_weight > 0
+
     def strength_of(self, language: str) -> float:
         """Strength for one language; 1 for a language that a mapping leaves out."""
         if isinstance(self.strength, dict):

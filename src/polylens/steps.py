@@ -309,7 +309,7 @@ def train_prompts(
     trained = {language for row in prompts.rows for language in row}
     languages = [k for k in subspaces.languages if k != subspaces.central and k in trained]
     strengths: dict[str, float] = {}
-    if any(one.strength == "auto" and one.separate_weight > 0 for one in settings):
+    if any(one.pushes_by_shortfall for one in settings):
         shortfall = measure_shortfall(
             model, prompts.without_answers(), subspaces.central, languages, progress=progress
         )

@@ -109,7 +109,7 @@ def score_tokens(
         logits = structure.logits(structure.final_norm(states)[None])[0].float()
         rows, tokens = rows.to(logits.device), tokens.to(logits.device)
         found, most = logits[rows, tokens], logits.amax(-1)
-        # logsumexp in place: with its copies, and argmax, it costs half of what the head does.
+        # In place: `logsumexp` copies the logits; with an argmax it takes half as long as the head.
         log_sums = logits.sub_(most[:, None]).exp_().sum(-1).log_().add_(most)
         nats = found - log_sums[rows]  # (n_pairs,)
         sums.index_add_(0, owners, nats.cpu().double())

@@ -46,7 +46,7 @@ _EXAMPLES = {"development": (0, 2), "report": (1, 2)}
 # The stage before a trial trains on all rows.
 PREVIEW = "preview"
 # It has this share of them, or is left out where that is too few to tell one setting from another.
-PREVIEW_SHARE = 0.25
+_PREVIEW_SHARE = 0.25
 _MIN_PREVIEW_ROWS = 8
 
 
@@ -92,7 +92,7 @@ class Workbench:
         self.config = config
         self.answers = answers
         training, _ = choose_rows(config, offline=runtime.offline)
-        self.previews = PREVIEW_SHARE * len(training.rows) >= _MIN_PREVIEW_ROWS
+        self.previews = _PREVIEW_SHARE * len(training.rows) >= _MIN_PREVIEW_ROWS
         self._runtime = runtime
         self._execution = execution
         self._collect = collect
@@ -158,7 +158,7 @@ class Workbench:
     def _with_strengths(self, config: RunConfig, prompts: ParallelPrompts) -> TrainSettings:
         """Put numbers for `strength: auto`: the untouched model answers the same prompts once."""
         settings = config.train
-        if settings.strength != "auto" or settings.separate_weight == 0:
+        if not settings.pushes_by_shortfall:
             return settings
         asked = prompts.without_answers()
         key = tuple(map(tuple, asked.ids))
@@ -306,7 +306,7 @@ def run_trial(
     try:
         if bench.previews:
             with _timed(seconds, PREVIEW):
-                delta = _train(bench, settings, PREVIEW_SHARE)
+                delta = _train(bench, settings, _PREVIEW_SHARE)
                 strength = (min(strengths, key=lambda one: abs(one - 1)),)
                 runs = bench.measure(delta, strength, sample, "texts")
                 found = bench.points(runs, strength, sample)
