@@ -41,7 +41,7 @@ def run(name: str, data: Data) -> None:
         spent = time.perf_counter() - started
         if spent > N_REFERENCE_RUNS * one:
             raise _Spent
-        trials.append({"at": spent, **trial.seconds})
+        trials.append({"at": spent, **trial.seconds, **_best_gain(trial)})
         print(trial.number, trial.outcome, trials[-1], flush=True)
 
     config = load_config(None, {"model": name, "languages": ",".join(LANGUAGES[1:])})
@@ -65,6 +65,10 @@ def run(name: str, data: Data) -> None:
     print(table(result))
 
 
+def _best_gain(trial: Trial) -> dict[str, float]:
+    return {"gain": trial.best.gain.value} if trial.best else {}
+
+
 def _reference_seconds(name: str, data: Data) -> float:
     model = open_quietly(name, dtype="float32")
     texts, prompts = data.texts(model), data.rows(model)
@@ -81,10 +85,12 @@ def table(result: dict[str, Any]) -> str:
     trials, one = result["trials"], result["reference_run"]
     whole = [trial for trial in trials if "training" in trial]
     head = "| runs of the reference | minutes | trials in that time | of them trained on all rows |"
-    lines = [head, "|-|-|-|-|"]
+    lines = [f"{head} best gain, % |", "|-|-|-|-|-|"]
     for runs in range(1, N_REFERENCE_RUNS + 1):
         n, n_whole = (sum(t["at"] <= runs * one for t in some) for some in (trials, whole))
-        lines.append(f"| {runs} | {runs * one / 60:.0f} | {n} | {n_whole} |")
+        gains = [t["gain"] for t in whole if t["at"] <= runs * one and "gain" in t]
+        best = f"{max(gains):+.2f}" if gains else "none"
+        lines.append(f"| {runs} | {runs * one / 60:.0f} | {n} | {n_whole} | {best} |")
 
     def mean(what: str, some: list[dict[str, Any]]) -> str:
         return f"{sum(trial.get(what, 0.0) for trial in some) / len(some):.0f} s"

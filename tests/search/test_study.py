@@ -144,8 +144,8 @@ def test_a_trial_is_stopped_if_it_is_clearly_worse(tmp_path: Path) -> None:
         study.tell(Trial(number, claimed[1], "measured", "", tuple(holding), {}))
 
 
-def test_the_best_third_of_the_previews_goes_on(tmp_path: Path) -> None:
-    gains = (2.0, 1.0, 3.0, 2.5, 2.9, 2.8, 2.7)
+def test_the_best_quarter_of_the_previews_goes_on(tmp_path: Path) -> None:
+    gains = (2.0, 1.0, 3.0, 2.5, 2.9, 2.8, 2.7, 2.95, 2.6)
     study = Study(tmp_path, SPACE, START, n_trials=len(gains), seed=0)
     stopped = []
     for number, gain in enumerate(gains):
@@ -157,9 +157,9 @@ def test_the_best_third_of_the_previews_goes_on(tmp_path: Path) -> None:
         stopped.append(bool(reason))
         outcome: Any = "previewed" if reason else "measured"
         study.tell(Trial(number, claimed[1], outcome, reason, tuple(holding), {}))
-    # The best so far goes on, from the sixth on the second best, too.
-    assert stopped == [False, True, False, True, True, True, True]
-    assert "it gains +2.70 %, less than 3 of the 6 trials before it" in reason
+    # The best so far goes on, from the eighth on the second best, too.
+    assert stopped == [False, True, False, True, True, True, True, False, True]
+    assert "it gains +2.60 %, less than 5 of the 8 trials before it" in reason
 
 
 def test_refused_trials_count_and_do_no_harm(tmp_path: Path) -> None:

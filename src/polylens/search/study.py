@@ -25,7 +25,7 @@ from polylens.artefacts import readable_storage_errors
 from polylens.errors import MissingExtraError
 from polylens.search.space import Choice, Dimension, Range, Space
 from polylens.search.trials import Point, Trial
-from polylens.search.workbench import PREVIEW
+from polylens.search.workbench import PREVIEW, REDUCTION
 
 try:
     import optuna
@@ -46,10 +46,6 @@ _N_RANDOM = 8
 
 # Violation of the constraint where there is nothing to measure; the gate's are a few margins.
 _REFUSED = 100.0
-
-# Of the previews so far, one in so many goes on (successive halving: Li et al. 2020, ASHA,
-# arXiv 1810.05934).
-_REDUCTION = 3
 
 _PROCESS, _VIOLATION, _NOTED = "process", "violation", "noted."
 
@@ -120,7 +116,7 @@ class Study:
     def stop(self, stage: str, points: Sequence[Point]) -> str:
         """Say why a trial should stop after a stage; "" where it should go on.
 
-        A preview must be among the best third of all so far; the best always goes on. After another
+        A preview must be among the best quarter of all so far; the best always goes on. After another
         stage a trial is clearly worse if the upper ends of its gains lie below the lower end of the
         best trial's gain on the same tasks; trials at which the gate fails in the end do not count.
         """
@@ -128,7 +124,7 @@ class Study:
             gain = max(point.gain.value for point in points)
             previews = self._noted(stage, (TrialState.COMPLETE, TrialState.PRUNED))
             n_better = sum(one > gain for one in previews)
-            if n_better >= max(1, (len(previews) + 1) // _REDUCTION):
+            if n_better >= max(1, (len(previews) + 1) // REDUCTION):
                 return (
                     f"on a part of the rows it gains {gain:+.2f} %, less than {n_better} of the "
                     f"{len(previews)} trials before it"
