@@ -33,6 +33,7 @@ from tables import (
     groups_table,
     languages_table,
     models_table,
+    preview_table,
     search_table,
     seed_spread,
     steering_table,
@@ -117,6 +118,7 @@ def blocks() -> dict[str, str]:
         found["forecast"] = forecast_block(cases, FORECAST)
     if compared := models_table(HOLDING):
         found["holding"] = compared
+    found["preview"] = preview_table()
     for model in MODELS:
         if steered := steering_table(model):
             found[f"{model} steering"] = steered

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
-from design import CENTRAL, GROUPS, LANGUAGES, MODELS
+from design import CENTRAL, GROUPS, LANGUAGES, MODELS, SETTINGS
 from kept import (
     CHOICE,
     COLUMNS,
@@ -260,6 +261,26 @@ def search_table(model: str) -> str | None:
                 "holds" if one["report"]["holds"] else "fails",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def preview_table() -> str:
+    """How the order of settings by replies alone agrees with that by replies and texts."""
+    lines = ["| model | settings | rank correlation |", "|-|-|-|"]
+    for model, title in MODELS.items():
+        sides = read(model, "development")
+        base, gains = sides["base"], []
+        for name, side in sides.items():
+            known = SETTINGS.get(name)
+            if known is None or known.method != "lens" or known.settings.get("answer_weight"):
+                continue
+            replies, texts = (
+                compare(base, side, one.of(LANGUAGES, base)) for one in (REPLIES, TEXTS)
+            )
+            if replies is not None and texts is not None:
+                gains.append((-replies.difference, -replies.difference - texts.difference))
+        agreement = spearmanr(*zip(*gains, strict=True)).statistic
+        lines.append(f"| {title} | {len(gains)} | {agreement:.2f} |")
     return "\n".join(lines)
 
 

@@ -159,7 +159,7 @@ def test_the_best_quarter_of_the_previews_goes_on(tmp_path: Path) -> None:
         study.tell(Trial(number, claimed[1], outcome, reason, tuple(holding), {}))
     # The best so far goes on, from the eighth on the second best, too.
     assert stopped == [False, True, False, True, True, True, True, False, True]
-    assert "it gains +2.60 %, less than 5 of the 8 trials before it" in reason
+    assert "replies gain +2.60 %, less than 5 of the 8 trials before it" in reason
 
 
 def test_refused_trials_count_and_do_no_harm(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ class Staged:
     def points(
         self, runs: object, strengths: tuple[float, ...], sample: object
     ) -> tuple[Point, ...]:
-        holding = self.holding[self.measured[-1][0]]
+        holding = self.holding.get(self.measured[-1][0], ())
         gains = [min(s, 2 * self.peak - s) for s in strengths]
         return tuple(
             Point(s, Figure(gain, gain, gain), s, s, s in holding, "", ())
@@ -296,7 +296,7 @@ def test_a_trial_that_the_preview_stops_is_not_trained_on_all_rows() -> None:
     trial = run(bench, "worse", number=1)
     assert (trial.outcome, trial.reason, trial.best) == ("previewed", "worse", None)
     assert bench.shares == [0.25]
-    assert bench.measured == [("texts", (1.0,))]
+    assert bench.measured == [("preview", (1.0,))]
     assert [(point.strength, point.holds) for point in trial.points] == [(1.0, False)]
     assert trial.seconds.keys() == {"preview"}
 

@@ -116,7 +116,7 @@ class Study:
     def stop(self, stage: str, points: Sequence[Point]) -> str:
         """Say why a trial should stop after a stage; "" where it should go on.
 
-        A preview must be among the best quarter of all so far; the best always goes on. After another
+        A preview must be among the best quarter so far; the best always goes on. After another
         stage a trial is clearly worse if the upper ends of its gains lie below the lower end of the
         best trial's gain on the same tasks; trials at which the gate fails in the end do not count.
         """
@@ -126,8 +126,8 @@ class Study:
             n_better = sum(one > gain for one in previews)
             if n_better >= max(1, (len(previews) + 1) // REDUCTION):
                 return (
-                    f"on a part of the rows it gains {gain:+.2f} %, less than {n_better} of the "
-                    f"{len(previews)} trials before it"
+                    f"on a part of the rows replies gain {gain:+.2f} %, less than {n_better} of "
+                    f"the {len(previews)} trials before it"
                 )
             return ""
         lows = self._noted(stage, (TrialState.COMPLETE,), holding=True)

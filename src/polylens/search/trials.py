@@ -122,7 +122,7 @@ class Trial:
             "stopped" before all was measured; or "refused" by training.
         reason: why it was not measured.
         points: by rising strength; of a stopped trial on what had been measured, of a previewed
-            one on its part of the rows.
+            one of replies alone, on its part of the rows.
         seconds: by piece of work.
     """
 

@@ -43,7 +43,8 @@ from polylens.steps import probe_prompts, train_prompts
 # in all languages.
 _EXAMPLES = {"development": (0, 2), "report": (1, 2)}
 
-# The stage before a trial trains on all rows.
+# The stage before a trial trains on all rows. Replies alone are measured, which cost half as much
+# and tell nearly the same order of settings as with texts (docs/results.md, A search).
 PREVIEW = "preview"
 # It has one row in so many, and one trial in so many goes on from it (successive halving: Li et al.
 # 2020, ASHA, arXiv 1810.05934, with its usual factor).
@@ -234,7 +235,7 @@ class Workbench:
         )
         parts = run_suite(self.model, candidates, suite, **how)
         runs = [run for _, part in parts for run in part]
-        if stage == "texts":
+        if stage in (PREVIEW, "texts"):
             runs += measure_replies(self.model, candidates, sample.heldout, **how)
         return runs
 
@@ -310,7 +311,7 @@ def run_trial(
             with _timed(seconds, PREVIEW):
                 delta = _train(bench, settings, 1 / REDUCTION)
                 strength = (min(strengths, key=lambda one: abs(one - 1)),)
-                runs = bench.measure(delta, strength, sample, "texts")
+                runs = bench.measure(delta, strength, sample, PREVIEW)
                 found = bench.points(runs, strength, sample)
             reason = stop(PREVIEW, found)
             if reason and number > 0:
