@@ -47,7 +47,7 @@ _N_RANDOM = 8
 # Violation of the constraint where there is nothing to measure; the gate's are a few margins.
 _REFUSED = 100.0
 
-_PROCESS, _VIOLATION, _NOTED = "process", "violation", "noted."
+_PROCESS, _OUTCOME, _VIOLATION, _NOTED = "process", "outcome", "violation", "noted."
 
 
 class Study:
@@ -116,21 +116,29 @@ class Study:
     def stop(self, stage: str, points: Sequence[Point]) -> str:
         """Say why a trial should stop after a stage; "" where it should go on.
 
-        A preview must be among the best quarter so far; the best always goes on. After another
-        stage a trial is clearly worse if the upper ends of its gains lie below the lower end of the
-        best trial's gain on the same tasks; trials at which the gate fails in the end do not count.
+        Of the previews so far the best goes on, and one of the best quarter while no more than a
+        quarter went on. After another stage a trial is clearly worse if the upper ends of its gains
+        lie below the lower end of the best trial's gain on the same tasks; trials at which the gate
+        fails in the end do not count.
         """
         if stage == PREVIEW:
             gain = max(point.gain.value for point in points)
-            previews = self._noted(stage, (TrialState.COMPLETE, TrialState.PRUNED))
-            n_better = sum(one > gain for one in previews)
-            if n_better >= max(1, (len(previews) + 1) // REDUCTION):
+            previews = self._noted(stage)
+            n_better = sum(frozen.user_attrs[_NOTED + stage] > gain for frozen in previews)
+            n_whole = sum(frozen.user_attrs[_OUTCOME] != "previewed" for frozen in previews)
+            # A sampler finds better settings as it goes, so that more than a quarter of the
+            # previews are among the best quarter of those so far.
+            if n_better and max(n_better, n_whole) >= (len(previews) + 1) // REDUCTION:
                 return (
                     f"on a part of the rows replies gain {gain:+.2f} %, less than {n_better} of "
-                    f"the {len(previews)} trials before it"
+                    f"the {len(previews)} trials before it, of which {n_whole} went on"
                 )
             return ""
-        lows = self._noted(stage, (TrialState.COMPLETE,), holding=True)
+        lows = [
+            frozen.user_attrs[_NOTED + stage]
+            for frozen in self._noted(stage)
+            if frozen.user_attrs[_OUTCOME] == "measured" and frozen.user_attrs[_VIOLATION] <= 0
+        ]
         most = max(point.gain.high for point in points)
         if lows and most < max(lows):
             return (
@@ -139,15 +147,13 @@ class Study:
             )
         return ""
 
-    def _noted(
-        self, stage: str, states: tuple[TrialState, ...], *, holding: bool = False
-    ) -> list[float]:
-        """What `note` kept of finished trials, of all or of those at which the gate holds."""
+    def _noted(self, stage: str) -> list[FrozenTrial]:
+        """Finished trials that were measured so far."""
+        finished = (TrialState.COMPLETE, TrialState.PRUNED)
         return [
-            frozen.user_attrs[_NOTED + stage]
-            for frozen in self._study.get_trials(deepcopy=False, states=states)
+            frozen
+            for frozen in self._study.get_trials(deepcopy=False, states=finished)
             if _NOTED + stage in frozen.user_attrs
-            and (not holding or frozen.user_attrs[_VIOLATION] <= 0)
         ]
 
     def note(self, number: int, stage: str, points: Sequence[Point]) -> None:
@@ -165,6 +171,7 @@ class Study:
         """
         with _quiet(), self._alone():
             handle = self._trial(trial.number)
+            handle.set_user_attr(_OUTCOME, trial.outcome)
             if not trial.points:
                 handle.set_user_attr(_VIOLATION, _REFUSED)
                 self._study.tell(handle, state=TrialState.PRUNED)
