@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from polylens.search.study import Study
 
 # Of the dial, at which each trained crown is measured; one more costs a forward, no training.
-STRENGTHS = (0.25, 0.5, 1.0)
+STRENGTHS = (0.25, 0.5, 1.0, 1.5)
 
 
 def search(
