@@ -118,7 +118,8 @@ def blocks() -> dict[str, str]:
         found["forecast"] = forecast_block(cases, FORECAST)
     if compared := models_table(HOLDING):
         found["holding"] = compared
-    found["preview"] = preview_table()
+    if previewed := preview_table():
+        found["preview"] = previewed
     for model in MODELS:
         if steered := steering_table(model):
             found[f"{model} steering"] = steered

@@ -264,24 +264,30 @@ def search_table(model: str) -> str | None:
     return "\n".join(lines)
 
 
-def preview_table() -> str:
-    """How the order of settings by replies alone agrees with that by replies and texts."""
+def preview_table() -> str | None:
+    """How the order by replies alone agrees with that by replies and texts; None without any."""
     lines = ["| model | settings | rank correlation |", "|-|-|-|"]
     for model, title in MODELS.items():
         sides = read(model, "development")
-        base, gains = sides["base"], []
+        base, gains = sides.get("base"), []
         for name, side in sides.items():
             known = SETTINGS.get(name)
-            if known is None or known.method != "lens" or known.settings.get("answer_weight"):
+            if (
+                base is None
+                or known is None
+                or known.method != "lens"
+                or known.settings.get("answer_weight")
+            ):
                 continue
             replies, texts = (
                 compare(base, side, one.of(LANGUAGES, base)) for one in (REPLIES, TEXTS)
             )
             if replies is not None and texts is not None:
                 gains.append((-replies.difference, -replies.difference - texts.difference))
-        agreement = spearmanr(*zip(*gains, strict=True)).statistic
-        lines.append(f"| {title} | {len(gains)} | {agreement:.2f} |")
-    return "\n".join(lines)
+        if len(gains) > 2:
+            agreement = spearmanr(*zip(*gains, strict=True)).statistic
+            lines.append(f"| {title} | {len(gains)} | {agreement:.2f} |")
+    return "\n".join(lines) if len(lines) > 2 else None
 
 
 def _gain(gain: Mapping[str, float]) -> str:

@@ -97,12 +97,33 @@ def test_the_forecast_block(page: Any, tmp_path: Path, monkeypatch: pytest.Monke
     assert line.endswith("| hardly known | **hardly known (+50, +100)** |  |")
 
 
+def test_the_order_by_replies_is_compared_with_that_by_both(
+    page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["kept"], "RESULTS", tmp_path)
+    bits = {  # of replies and texts: replies say 1, 2, 3, both together 3, 1, 2
+        "base": (2.0, 2.0),
+        "paper-0": (1.4, 2.9),
+        "default-0": (1.6, 2.0),
+        "states-0": (1.8, 2.0),
+        "answers-0": (0.1, 0.1),  # not of Lens's losses
+    }
+    for name, both in bits.items():
+        parts = {
+            what: kept(page, what, "bits_per_byte", {k: [value] * 4 for k in page.LANGUAGES})
+            for what, value in zip(("replies", "bits_per_byte"), both, strict=True)
+        }
+        write_json(tmp_path / "gemma3-270m" / "development" / f"{name}.json", {"parts": parts})
+    (line,) = page.blocks()["preview"].split("\n")[2:]
+    assert line == "| Gemma-3-270M | 3 | -0.50 |"
+
+
 def test_models_without_signs_or_figures_are_left_out(
     page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules["kept"], "RESULTS", tmp_path)
     write_json(tmp_path / "gemma3-270m" / "signs.json", {"signs": {}})
-    assert "forecast" not in page.blocks()
+    assert not {"forecast", "preview"} & page.blocks().keys()
 
 
 def test_rank_correlation_is_spearmans_with_exact_chance(prediction: Any) -> None:
