@@ -269,18 +269,18 @@ def preview_table() -> str | None:
     lines = ["| model | settings | rank correlation |", "|-|-|-|"]
     for model, title in MODELS.items():
         sides = read(model, "development")
-        base, gains = sides.get("base"), []
-        for name, side in sides.items():
-            known = SETTINGS.get(name)
-            if (
-                base is None
-                or known is None
-                or known.method != "lens"
-                or known.settings.get("answer_weight")
-            ):
-                continue
+        if "base" not in sides:
+            continue
+        of_lens = [
+            sides[name]
+            for name, known in SETTINGS.items()
+            if name in sides and known.method == "lens" and not known.settings.get("answer_weight")
+        ]
+        gains = []
+        for side in of_lens:
             replies, texts = (
-                compare(base, side, one.of(LANGUAGES, base)) for one in (REPLIES, TEXTS)
+                compare(sides["base"], side, one.of(LANGUAGES, sides["base"]))
+                for one in (REPLIES, TEXTS)
             )
             if replies is not None and texts is not None:
                 gains.append((-replies.difference, -replies.difference - texts.difference))

@@ -148,7 +148,7 @@ class Study:
         return ""
 
     def _noted(self, stage: str) -> list[FrozenTrial]:
-        """Finished trials that were measured so far."""
+        """Finished trials of which `note` kept a figure after this stage."""
         finished = (TrialState.COMPLETE, TrialState.PRUNED)
         return [
             frozen
