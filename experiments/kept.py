@@ -18,6 +18,7 @@ import numpy as np
 
 from polylens.artefacts import read_json
 from polylens.evaluation.choices import CHOICES
+from polylens.evaluation.letters import habit, right_shares
 from polylens.evaluation.statistics import PairedDifference, compare_paired
 from polylens.evaluation.suite import BITS_PER_BYTE
 
@@ -43,12 +44,17 @@ class Side:
             for content in self.contents
         ]
 
-    def rows(self, names: Sequence[str]) -> np.ndarray | None:
-        """Mean over tasks and seeds of each row's value; None where one was not measured."""
+    def rows(self, names: Sequence[str], base: Side | None = None) -> np.ndarray | None:
+        """Mean over tasks and seeds of each row's value; None where one was not measured.
+
+        Of choices, what has been added to the habit of `base` counts.
+        """
         seeds = [seed for seed in self.tasks if all(name in seed for name in names)]
         if not seeds or not names:
             return None
-        return np.mean([[seed[name]["values"] for name in names] for seed in seeds], axis=(0, 1))
+        before = (base or self).tasks[0]
+        values = [[_values(seed[name], before[name]) for name in names] for seed in seeds]
+        return np.mean(values, axis=(0, 1))
 
     def of_seeds(self, names: Sequence[str]) -> list[float]:
         """The mean of each seed."""
@@ -57,6 +63,12 @@ class Side:
             for seed in self.tasks
             if all(name in seed for name in names)
         ]
+
+
+def _values(task: Mapping[str, Any], before: Mapping[str, Any]) -> list[float]:
+    if "log_odds" in task:
+        return right_shares(task["log_odds"], habit(before["log_odds"]))
+    return list(task["values"])
 
 
 def read(model: str, split: str) -> dict[str, Side]:
@@ -75,7 +87,7 @@ def read(model: str, split: str) -> dict[str, Side]:
 
 def compare(base: Side, side: Side, names: Sequence[str]) -> PairedDifference | None:
     """Compare rows; of texts and replies in percent of the base's mean."""
-    before, after = base.rows(names), side.rows(names)
+    before, after = base.rows(names), side.rows(names, base)
     if before is None or after is None:
         return None
     scale = 100.0 / float(before.mean()) if metric(base, names) == BITS_PER_BYTE else 1.0
@@ -129,8 +141,6 @@ class Column:
     def _unit(self, base: Side, names: Sequence[str]) -> tuple[float, int]:
         if metric(base, names) == BITS_PER_BYTE:
             return 1.0, 2  # percent already
-        if metric(base, names) == "bits":
-            return 1.0, 3
         return (100.0, 1) if self.percent else (1.0, 0)
 
 
@@ -142,7 +152,7 @@ ECHOING = Column("echoing, points", "echoing")
 SOUND = Column("sound, points", "sound")
 LENGTH = Column("length, characters", "length", percent=False)
 LETTERS = Column("XCOPA letters, points", "xcopa", "_letters")
-CHOICE = Column("choice, bits", CHOICES)
+CHOICE = Column("choice, points", CHOICES)
 CONTINUATION = Column("XCOPA continuation, points", "xcopa")
 COLUMNS = (
     REPLIES,

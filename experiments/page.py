@@ -32,6 +32,7 @@ from prediction import Case, Gains, forecast_block
 from tables import (
     groups_table,
     languages_table,
+    letters_table,
     models_table,
     preview_table,
     search_table,
@@ -60,6 +61,7 @@ MAIN = (
     "states-quarter",
     "default",
     "default10",
+    "default-no-align",
     "default-push",
     "default-swahili",
     "default10-swahili",
@@ -121,6 +123,8 @@ def blocks() -> dict[str, str]:
     if previewed := preview_table():
         found["preview"] = previewed
     for model in MODELS:
+        if foretold := letters_table(model):
+            found[f"{model} letters"] = foretold
         if steered := steering_table(model):
             found[f"{model} steering"] = steered
         if grouped := groups_table(model):

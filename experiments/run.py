@@ -340,7 +340,7 @@ def _kept(run: TaskRun, place: int) -> dict[str, Any]:
     """One side's values, and a digest of which examples they are of."""
     examples = run.examples[place]
     keys = hashlib.sha256(json.dumps([one.key for one in examples]).encode()).hexdigest()[:16]
-    return {
+    kept = {
         "task": run.task.name,
         "language": run.task.language,
         "metric": run.task.metric,
@@ -348,6 +348,9 @@ def _kept(run: TaskRun, place: int) -> dict[str, Any]:
         "examples": keys,
         "values": [round(one.value, 5) for one in examples],
     }
+    if run.task.protocol == "choice":
+        kept["log_odds"] = [[round(x, 5) for x in one.log_odds or ()] for one in examples]
+    return kept
 
 
 if __name__ == "__main__":

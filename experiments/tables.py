@@ -13,6 +13,7 @@ from kept import (
     CHOICE,
     COLUMNS,
     FIDELITY,
+    LETTERS,
     REPEATING,
     REPLIES,
     SOUND,
@@ -27,7 +28,8 @@ from kept import (
 from polylens.artefacts import read_json
 from polylens.config import GateSettings
 from polylens.evaluation.gate import check_gate
-from polylens.evaluation.measures import Example, Protocol, Task
+from polylens.evaluation.measures import Example, Task
+from polylens.evaluation.statistics import non_inferior
 
 
 def table(
@@ -58,24 +60,23 @@ def table(
 
 def gate(base: Side, side: Side) -> str:
     """Whether harm beyond the margins is ruled out, as `enhance` asks, and where not."""
-    pairs = []
-    asked: list[tuple[str, Column, Protocol]] = [(k, TEXTS, "text") for k in (CENTRAL, *LANGUAGES)]
-    for language, column, protocol in (*asked, (CENTRAL, CHOICE, "choice")):
-        names = column.of([language], base)
+    settings, pairs = GateSettings(), []
+    for language in (CENTRAL, *LANGUAGES):
+        names = TEXTS.of([language], base)
         before, after = base.rows(names), side.rows(names)
         if before is None or after is None:
-            if column is TEXTS:
-                return ""
-            continue
-        task = Task(names[0], language, protocol, metric(base, names), False)
+            return ""
+        task = Task(names[0], language, "text", metric(base, names), False)
         pairs.append((task, _examples(before), _examples(after)))
-    verdict = check_gate(pairs, [CENTRAL], GateSettings(), texts_of=LANGUAGES)
+    verdict = check_gate(pairs, [CENTRAL], settings, texts_of=LANGUAGES)
     assert verdict is not None
-    failed = [
-        f"{check.language}'s choices" if check.protocol == "choice" else check.language
-        for check in verdict.checks
-        if not check.result.holds
-    ]
+    failed = [check.language for check in verdict.checks if not check.result.holds]
+    # Of several seeds; the gate itself reads log odds, which are of one.
+    names = CHOICE.of([CENTRAL], base)
+    before, after = base.rows(names), side.rows(names, base)
+    if before is not None and after is not None:
+        found = non_inferior(before, after, settings.choice_margin, level=settings.level)
+        failed += [] if found.holds else [f"{CENTRAL}'s choices"]
     return f"fails: {', '.join(failed)}" if failed else "holds"
 
 
@@ -190,6 +191,29 @@ def models_table(settings: Sequence[str]) -> str | None:
             cells += [column.cell(base, side, (CENTRAL,)) for column in (REPLIES, TEXTS)]
             lines.append(f"| {' | '.join([title, name, *cells, gate(base, side)])} |")
     return "\n".join(lines) if len(lines) > 2 else None
+
+
+def letters_table(model: str) -> str | None:
+    """What choices foretell beside what letters of a benchmark lost, by the former."""
+    rows = []
+    for split in ("development", "report"):
+        sides = read(model, split)
+        for name in sides:
+            base, side = sides["base"], sides[name]
+            columns = ((CHOICE, CENTRAL), (LETTERS, CENTRAL), (LETTERS, "zh"))
+            found = [compare(base, side, column.of([k], base)) for column, k in columns]
+            if side is base or found[0] is None or found[1] is None:
+                continue
+            cells = [column.cell(base, side, [k]) for column, k in columns]
+            rows.append((found[0].difference, found[1].difference, [name, split, *cells]))
+    if len(rows) < 3:
+        return None
+    lines = ["| setting | rows | choices | English letters | Chinese letters |", f"|{'-|' * 5}"]
+    lines += [f"| {' | '.join(cells)} |" for _, _, cells in sorted(rows, reverse=True)]
+    agreement = spearmanr([one[:2] for one in rows]).statistic
+    return "\n".join(
+        [*lines, "", f"Rank correlation of choices and English letters: {agreement:.2f}."]
+    )
 
 
 def groups_table(model: str) -> str | None:

@@ -249,10 +249,10 @@ class GateSettings(Settings):
         description="Largest rise of bits per byte that is tolerated, as a share of them.",
     )
     choice_margin: float = Field(
-        0.05,
+        0.03,
         gt=0,
-        description="Largest rise of the bits of picking the right one of two answers by its "
-        "letter that is tolerated; guessing costs 1 bit.",
+        description="Largest loss of the share of right letters, where one of two answers is to be "
+        "picked by its letter, that is tolerated.",
     )
     level: float = Field(
         0.95, gt=0.5, lt=1, description="Confidence with which a larger loss is to be ruled out."

@@ -95,7 +95,7 @@ and a language-specific subspace; {"; ".join(done)}.
 {dial.sentence()}
 
 Choice of letters, where the gate names it: which of two answers belongs to each of 32 questions of
-the starter corpus, by the letter that the model replies; guessing costs 1 bit.
+the starter corpus, by the letter that the model replies; points of the share of right ones.
 
 Held-out prompts: {heldout["rows"]} rows of `{heldout["name"]}`, {evaluation.how_answered}, which
 count as in the language when py3langid, limited to the languages of the table, says so. An answer

@@ -1,18 +1,15 @@
-"""Choices: the figure is the whole model's own, and a habit of one letter is none of it."""
+"""Choices: the log odds are the whole model's own, in both orders."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 
 import pytest
 import torch
 
 from polylens.corpora import starter_corpus
-from polylens.evaluation import choices as module
 from polylens.evaluation.choices import Choice, encode_choices, measure_choices
 from polylens.evaluation.comparison import Heldout
-from polylens.evaluation.scoring import Candidate, Score
+from polylens.evaluation.letters import right_shares
+from polylens.evaluation.scoring import Candidate
 from polylens.evaluation.suite import BUILT_IN, CHOICES, Suite, run_suite
 from polylens.models.loading import LanguageModel
 from polylens.prompts import choose_format, encode_parallel
@@ -37,10 +34,10 @@ def test_a_question_stands_with_its_own_answer_first_and_second(llama: LanguageM
         assert f"A. {wrong}\nB. {right}\n" in as_b
 
 
-def test_bits_are_those_of_the_whole_model(llama: LanguageModel) -> None:
+def test_log_odds_are_those_of_the_whole_model(llama: LanguageModel) -> None:
     delta, chosen = random_delta(llama, 0.1), choices_of(llama)[:3]
     run = measure_choices(llama, [Candidate(), Candidate(delta, 0.5)], "en", chosen)
-    assert (run.task.name, run.task.higher_is_better) == ("choices_en", False)
+    assert (run.task.name, run.task.higher_is_better) == ("choices_en", True)
     for number, strength in enumerate((0.0, 0.5)):
         expected = []
         with torch.no_grad(), delta.applied(llama.structure, strength):
@@ -50,8 +47,10 @@ def test_bits_are_those_of_the_whole_model(llama: LanguageModel) -> None:
                 for ids, sign in zip(one.prompts, (1, -1), strict=True):
                     logits = llama.causal_lm(torch.tensor([ids])).logits[0, -1].double()
                     odds.append(sign * float(logits[a] - logits[b]))
-                expected.append(math.log2(1 + math.exp(-sum(odds) / 2)))
-        assert [e.value for e in run.examples[number]] == pytest.approx(expected, rel=1e-5)
+                expected.append(odds)
+        found = [e.log_odds or () for e in run.examples[number]]
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
+        assert [e.value for e in run.examples[number]] == right_shares(found)
     assert run.examples[0] != run.examples[1]
 
 
@@ -69,7 +68,7 @@ def test_without_a_template_an_empty_line_parts_letter_and_question(llama: Langu
             logits = llama.causal_lm(torch.tensor([[*ids, *shared]])).logits[0, -1].double()
             odds.append(sign * float(logits[one.letters[0][-1]] - logits[one.letters[1][-1]]))
     (example,) = run.examples[0]
-    assert example.value == pytest.approx(math.log2(1 + math.exp(-sum(odds) / 2)), rel=1e-5)
+    assert example.log_odds == pytest.approx(odds, rel=1e-4)
 
 
 def test_questions_that_the_model_cannot_hold_are_left_out(
@@ -80,25 +79,6 @@ def test_questions_that_the_model_cannot_hold_are_left_out(
     left = choices_of(llama)
     assert len(left) == sum(length <= lengths[20] for length in lengths) < len(lengths)
     assert all(len(ids) <= lengths[20] for one in left for ids in one.prompts)
-
-
-def scored(monkeypatch: pytest.MonkeyPatch, log_likelihoods: Sequence[float]) -> float:
-    """Bits of one question, given nats of A and B in both orders."""
-    scores = [[Score(one, False) for one in log_likelihoods]]
-    monkeypatch.setattr(module, "score_continuations", lambda *_, **__: scores)
-    one = Choice(0, ((1,), (1,)), ((2,), (3,)))
-    run = measure_choices(None, [Candidate()], "en", [one])  # type: ignore[arg-type]
-    return run.examples[0][0].value
-
-
-def test_guessing_is_one_bit_whatever_the_habit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert scored(monkeypatch, [-0.7, -0.7, -0.7, -0.7]) == 1.0
-    assert scored(monkeypatch, [-0.1, -9.1, -0.1, -9.1]) == pytest.approx(1)
-    certain = [-0.0, -2.0, -2.0, -0.0]
-    assert scored(monkeypatch, certain) == pytest.approx(math.log2(1 + math.exp(-2)))
-    shifted = [certain[0] - 3, certain[1], certain[2] - 3, certain[3]]
-    assert scored(monkeypatch, shifted) == pytest.approx(scored(monkeypatch, certain))
-    assert scored(monkeypatch, [-2000.0, 0.0, 0.0, -2000.0]) == pytest.approx(2000 / math.log(2))
 
 
 def test_a_language_without_answers_has_none(llama: LanguageModel) -> None:

@@ -10,12 +10,12 @@ import pytest
 from polylens.config import GateSettings
 from polylens.errors import GateError
 from polylens.evaluation.gate import Dial, check_gate, turn_dial
-from polylens.evaluation.measures import Example, Protocol, Task, TaskRun
+from polylens.evaluation.measures import Example, Protocol, Task, TaskRun, compare_runs
 
 LIKELIHOOD = Task("xcopa_en", "en", "continuation", "acc")
 LETTERS = Task("xcopa_en_letters", "en", "chat", "acc")
 BITS = Task("bits_per_byte_en", "en", "text", "bits_per_byte", higher_is_better=False)
-CHOICES = Task("choices_en", "en", "choice", "bits", higher_is_better=False)
+CHOICES = Task("choices_en", "en", "choice", "right_letters")
 SWAHILI = Task("xcopa_sw", "sw", "continuation", "acc")
 
 
@@ -78,20 +78,35 @@ def test_bits_per_byte_are_a_share_of_those_before() -> None:
         assert verdict.checks[0].result.difference == pytest.approx(-rise, abs=1e-3)
 
 
-def test_choices_hold_within_a_margin_in_bits() -> None:
-    """Accuracy may stand still meanwhile; and of a target the texts alone are to hold."""
-    before = np.linspace(0.6, 0.9, 32)
-    for rise, holds in ((-0.2, True), (0.0, True), (0.04, True), (0.06, False)):
-        pair = (CHOICES, make(before), make(before + rise))
+def chosen(preferences: np.ndarray, leans: np.ndarray) -> tuple[Example, ...]:
+    odds = zip(preferences + leans, preferences - leans, strict=True)
+    return tuple(Example(str(k), 0.0, log_odds=one) for k, one in enumerate(odds))
+
+
+def test_choices_lose_by_preferences_and_by_a_new_habit() -> None:
+    """And of a target the texts alone are to hold."""
+    generator = np.random.default_rng(0)
+    preferences, leans = generator.normal(0.4, 0.3, 32), generator.normal(0.1, 0.2, 32)
+    before = chosen(preferences, leans)
+    for after, holds in (
+        (before, True),
+        (chosen(preferences + 0.1, leans), True),
+        (chosen(preferences * 3, leans * 3), True),
+        (chosen(preferences - 0.1, leans), False),
+        (chosen(preferences, leans + 0.3), False),
+        (chosen(preferences, leans - 0.3), False),
+        (chosen(preferences, 2 * leans), False),
+    ):
+        pair = (CHOICES, before, after)
         verdict = check_gate([pair], ["en"], GateSettings())
         assert verdict is not None
         assert verdict.holds is holds
         assert check_gate([pair], ["sw"], GateSettings(), texts_of=["en"]) is None
-    assert verdict.sentence() == (
-        "Gate fails. English, choice of letters: -0.060 bits (n = 32), a loss beyond 0.060 is "
-        "ruled out at 95 %, allowed is 0.05."
-    )
-    wider = check_gate([pair], ["en"], GateSettings(choice_margin=0.1))
+        (measure,) = compare_runs([pair])
+        assert measure.gain == pytest.approx(verdict.checks[0].result.difference)
+    assert verdict.sentence().startswith("Gate fails. English, choice of letters: -")
+    assert verdict.sentence().endswith("is ruled out at 95 %, allowed is 3.")
+    wider = check_gate([pair], ["en"], GateSettings(choice_margin=0.3))
     assert wider is not None
     assert wider.holds
 

@@ -3,18 +3,18 @@
 Texts, and answers like those that were learnt, can get likelier while a model forgets how to pick a
 letter after a chat prompt: bits per byte see nothing of it. Here nobody has to bring a benchmark to
 see it: the questions are the starter corpus's held-out rows, which nothing trains on, each with its
-own answer and the next row's. It is asked in both orders, and the log odds of the right letter
-are averaged over the two, so that a habit of saying A, or B, has no part in the figure.
+own answer and the next row's, asked in both orders. `polylens.evaluation.letters` makes a share of
+right letters of the log odds: a new habit of saying A, or B, harms it as it harms benchmarks.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from polylens.corpora.starter import starter_corpus
+from polylens.evaluation.letters import right_shares
 from polylens.evaluation.measures import Example, Task, TaskRun
 from polylens.evaluation.scoring import Candidate, score_continuations
 from polylens.models.loading import LanguageModel
@@ -87,10 +87,10 @@ def measure_choices(
     collect: Collect = fresh_hidden_states,
     progress: Progress = silent,
 ) -> TaskRun:
-    """Bits of picking the right letter: 1 is guessing, 0 certainty.
+    """The share of right letters that is to be expected; 0.5 is guessing.
 
-    -log2(1 / (1 + exp(-x))), x being the log odds of the right letter against the wrong one,
-    averaged over the two orders.
+    A candidate's own habit has no part in it here; what it adds to another's counts where the two
+    are compared.
 
     Args:
         model: the untouched model.
@@ -117,25 +117,16 @@ def measure_choices(
     examples = []
     for of_candidate in scores:
         found = [score.log_likelihood for score in of_candidate]
+        # A and B, where A is right; A and B, where B is.
+        odds = [
+            (found[place] - found[place + 1], found[place + 3] - found[place + 2])
+            for place in range(0, len(found), 4)
+        ]
         examples.append(
             tuple(
-                _example(one, found[4 * number : 4 * number + 4])
-                for number, one in enumerate(choices)
+                Example(str(one.row), share, log_odds=own)
+                for one, own, share in zip(choices, odds, right_shares(odds), strict=True)
             )
         )
-    return TaskRun(
-        Task(f"{CHOICES}_{language}", language, "choice", "bits", False), tuple(examples)
-    )
-
-
-def _example(choice: Choice, log_likelihoods: Sequence[float]) -> Example:
-    """One question's figure, from the log-likelihoods of A and B where A is right, then B."""
-    a_right, b_wrong, a_wrong, b_right = log_likelihoods
-    log_odds = (a_right - b_wrong + b_right - a_wrong) / 2
-    # log(1 + exp(-x)), without overflow.
-    nats = max(-log_odds, 0.0) + math.log1p(math.exp(-abs(log_odds)))
-    return Example(
-        key=str(choice.row),
-        value=nats / math.log(2),
-        responses={"log_likelihoods": list(log_likelihoods)},
-    )
+    task = Task(f"{CHOICES}_{language}", language, "choice", "right_letters")
+    return TaskRun(task, tuple(examples))

@@ -4,7 +4,7 @@ A loss beyond the margin has to be ruled out, at 95 %, one-sided: a sample too s
 Tasks that are right or wrong are pooled within a protocol (continuations, chat), since few have the
 hundreds of examples that a margin of a point takes; each protocol has to hold, since the two can
 disagree. Bits per byte have to hold within a relative margin, and the built-in choice of a letter
-within a margin in bits. All checks must hold, so the chance that real harm passes is at most 5 %,
+within one of its own. All checks must hold, so the chance that real harm passes is at most 5 %,
 however many there are.
 """
 
@@ -26,6 +26,7 @@ from polylens.evaluation.measures import (
     Task,
     TaskRun,
     compare_runs,
+    paired_values,
 )
 from polylens.evaluation.statistics import NonInferiority, non_inferior
 from polylens.languages import language_name
@@ -37,7 +38,7 @@ _WHAT = {
     "text": "bits per byte",
 }
 # Unit of a figure, what a value is multiplied by, decimals.
-_UNITS = {"choice": ("bits", 1, 3), "text": ("%", 100, 2)}
+_UNITS = {"text": ("%", 100, 2)}
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ class Check:
         language: that is protected.
         protocol: of the tasks.
         tasks: their names.
-        result: in points of accuracy / 100, for choices in bits, for texts as a share of the bits
-            per byte before.
+        result: in points of accuracy / 100, for texts as a share of the bits per byte before.
     """
 
     language: str
@@ -153,11 +153,11 @@ def check_gate(
             checks.append(Check(language, "text", _names(texts), result))
         choices = [pair for pair in own if pair[0].protocol == "choice"]
         if choices and language in languages:
+            paired = [paired_values(*pair) for pair in choices]
             result = non_inferior(
-                [one.value for _, old, _ in choices for one in old],
-                [one.value for _, _, new in choices for one in new],
+                [value for old, _ in paired for value in old],
+                [value for _, new in paired for value in new],
                 settings.choice_margin,
-                higher_is_better=False,
                 level=settings.level,
             )
             checks.append(Check(language, "choice", _names(choices), result))

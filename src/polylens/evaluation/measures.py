@@ -22,6 +22,7 @@ from polylens.artefacts import (
     write_text,
 )
 from polylens.errors import CorruptFileError, UsageError
+from polylens.evaluation.letters import habit, right_shares
 from polylens.evaluation.statistics import PairedDifference, compare_paired, holm, mean_interval
 
 Protocol = Literal["continuation", "chat", "choice", "answers", "text", "states"]
@@ -37,6 +38,8 @@ class Example:
         prompt: what the model was given.
         target: the right answer, as the task has it; None where there is none.
         responses: log-likelihoods of the choices, the reply, or whatever the value comes from.
+        log_odds: of a choice of letters, what it is compared by: of the right letter, where it is
+            A and where it is B.
     """
 
     key: str
@@ -44,6 +47,12 @@ class Example:
     prompt: str = ""
     target: Any = None
     responses: Any = None
+    log_odds: tuple[float, float] | None = None
+
+    def brief(self) -> dict[str, Any]:
+        """Return what comparing it takes, as plain values."""
+        odds = {} if self.log_odds is None else {"log_odds": self.log_odds}
+        return {"key": self.key, "value": self.value, **odds}
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,24 @@ class Measure:
         )
 
 
+def paired_values(
+    task: Task, before: Sequence[Example], after: Sequence[Example]
+) -> tuple[list[float], list[float]]:
+    """Return the values of both sides.
+
+    Of choices between letters, what the change adds to the habit of one letter counts, which
+    neither side can know by itself.
+    """
+    if task.protocol == "choice":
+        old, new = (_log_odds(side) for side in (before, after))
+        return right_shares(old), right_shares(new, habit(old))
+    return [one.value for one in before], [one.value for one in after]
+
+
+def _log_odds(examples: Sequence[Example]) -> list[tuple[float, float]]:
+    return [one.log_odds for one in examples if one.log_odds is not None]
+
+
 def compare_runs(
     pairs: Sequence[tuple[Task, Sequence[Example], Sequence[Example]]], *, seed: int = 0
 ) -> list[Measure]:
@@ -129,7 +156,7 @@ def compare_runs(
                 f"both sides must have answered the same examples of {task.name}, but have not; "
                 "evaluate both with the same data and --limit"
             )
-        old, new = ([one.value for one in side] for side in (before, after))
+        old, new = paired_values(task, before, after)
         change = compare_paired(old, new, seed=seed)
         intervals = mean_interval(old, seed=seed), mean_interval(new, seed=seed)
         found.append(Measure(task, *intervals, change, 1.0))
@@ -205,8 +232,9 @@ class Scorecard:
         for task, examples in tasks:
             lines = []
             for example in examples:
-                line = dataclasses.asdict(example)
-                kept = line if with_samples else {k: line[k] for k in ("key", "value")}
+                whole = {"prompt": example.prompt, "target": example.target}
+                whole["responses"] = example.responses
+                kept = {**example.brief(), **(whole if with_samples else {})}
                 lines.append(json.dumps(kept, ensure_ascii=False, default=str))
             path = self._file(task.name)
             write_text(path, "".join(f"{line}\n" for line in lines))
@@ -240,8 +268,11 @@ class Scorecard:
         with readable_storage_errors(path):
             content = path.read_bytes()
         try:
+            is_choice = self.tasks[name].protocol == "choice"
             return tuple(
-                _example(parse_json(line)) for line in content.decode("utf-8").split("\n") if line
+                _example(parse_json(line), is_choice)
+                for line in content.decode("utf-8").split("\n")
+                if line
             )
         except (ValueError, TypeError) as error:
             raise CorruptFileError(
@@ -262,8 +293,11 @@ def _checked(content: Any) -> Any:
     return content
 
 
-def _example(values: Any) -> Example:
+def _example(values: Any, is_choice: bool) -> Example:
     example = Example(**values)
+    if is_choice:
+        as_a, as_b = example.log_odds  # type: ignore[misc]  # None raises TypeError
+        example = dataclasses.replace(example, log_odds=(as_a + 0.0, as_b + 0.0))
     if not isinstance(example.key, str) or not isinstance(example.value, int | float):
         raise TypeError("a line has no key or no value")
     return example

@@ -180,7 +180,7 @@ _METRICS = {
     "acc": "accuracy",
     "in_language": "answers in the language",
     "bits_per_byte": "bits per byte saved",
-    "bits": "bits of choosing a letter saved",
+    "right_letters": "right letters",
 }
 
 
@@ -339,8 +339,6 @@ def _panels(
             # Tasks of one family and protocol belong together: xcopa_sw_letters, xcopa_en_letters.
             language = one.task.language or ""
             family = " ".join(p for p in one.task.name.split("_") if p != language)
-            if one.task.metric == "bits":
-                family = f"bits of {family}"
             title = family if one.task.higher_is_better else f"{family} saved"
             panels.setdefault(title, {}).setdefault(language, {})[strength] = one
     return panels

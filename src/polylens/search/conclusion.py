@@ -185,9 +185,8 @@ def _report(
                 kept[f"{strength:g}"] = [
                     {
                         "task": dataclasses.asdict(run.task),
-                        "keys": [one.key for one in run.examples[0]],
-                        "before": [one.value for one in run.examples[0]],
-                        "after": [one.value for one in run.examples[index]],
+                        "before": [one.brief() for one in run.examples[0]],
+                        "after": [one.brief() for one in run.examples[index]],
                     }
                     for run in runs
                 ]
@@ -200,8 +199,5 @@ def _report(
 def _task_run(kept: Mapping[str, Any]) -> TaskRun:
     """Make of what a report file holds the untouched model's examples, and the crown's."""
     sides = (kept["before"], kept["after"])
-    examples = (
-        tuple(Example(key, value) for key, value in zip(kept["keys"], side, strict=True))
-        for side in sides
-    )
-    return TaskRun(Task(**kept["task"]), tuple(examples))
+    examples = tuple(tuple(Example(**one) for one in side) for side in sides)
+    return TaskRun(Task(**kept["task"]), examples)
