@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from polylens.errors import CorruptFileError, UsageError
+from polylens.evaluation.letters import right_shares
 from polylens.evaluation.measures import (
     Example,
     Measure,
@@ -99,6 +102,37 @@ def test_a_damaged_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "xcopa_sw.jsonl").write_text(line)
     with pytest.raises(CorruptFileError, match="one example a line"):
         card.examples("xcopa_sw")
+
+
+CHOICES = Task("choices_en", "en", "choice", "right_letters")
+
+
+def choices_in(folder: Path, model: str, odds: Sequence[tuple[float, float]]) -> Scorecard:
+    card = Scorecard(folder)
+    card.open({**IDENTITY, "model": model})
+    chosen = tuple(Example(str(k), 0.5, log_odds=one) for k, one in enumerate(odds))
+    card.add("choices", [(CHOICES, chosen)], with_samples=False)
+    return card
+
+
+def test_choices_of_two_models_are_compared_by_log_odds(tmp_path: Path) -> None:
+    """Which are kept without samples, too: neither model's own value knows of a new habit."""
+    odds = [(0.6, 0.2), (0.3, 0.5), (0.8, 0.6), (-0.1, 0.3)]
+    before = choices_in(tmp_path / "a", "one", odds)
+    after = choices_in(tmp_path / "b", "two", [(a + 0.4, b - 0.4) for a, b in odds])
+    (measure,) = compare_scorecards(before, after)
+    assert measure.change.before == pytest.approx(np.mean(right_shares(odds)))
+    assert measure.gain < -0.05
+    (same,) = compare_scorecards(before, before)
+    assert same.gain == 0
+
+
+@pytest.mark.parametrize("odds", ["", ', "log_odds": null', ', "log_odds": [1]'])
+def test_a_damaged_choice(tmp_path: Path, odds: str) -> None:
+    card = choices_in(tmp_path, "one", [(0.1, 0.2)])
+    (tmp_path / "choices_en.jsonl").write_text(f'{{"key": "0", "value": 1{odds}}}')
+    with pytest.raises(CorruptFileError, match="one example a line"):
+        card.examples("choices_en")
 
 
 def test_scorecards_are_compared_task_by_task(tmp_path: Path) -> None:
