@@ -74,12 +74,18 @@ class Setting:
 _PAPER = {
     k: v
     for k, v in PRESETS["paper"]["train"].items()
-    if k not in ("rows", "max_tokens", "retain_targets")
+    if k not in ("rows", "max_tokens", "retain_targets", "retain_choices")
 }
 
 
 def lens(**settings: Any) -> Setting:
     return Setting("lens", {**_PAPER, **settings})
+
+
+def tokens(
+    *, rows: int | None = None, probe: dict[str, Any] | None = None, dial: float = 1.0, **own: Any
+) -> Setting:
+    return Setting("lens", {**_TOKENS, **own}, rows=rows, probe=probe or {}, dial=dial)
 
 
 def default(**settings: Any) -> Setting:
@@ -90,8 +96,9 @@ def default(**settings: Any) -> Setting:
 _FASTER = {"learning_rate": 1e-4, "epochs": 3}
 _KL = {**_FASTER, "retain": "distribution"}
 _AUTO = {**_KL, "strength": "auto"}
-# The default preset until it held each token.
+# The default preset until it held each token, and until it held questions with two answers.
 _STATES = {**_FASTER, "strength": "auto"}
+_TOKENS = {"strength": "auto", "retain": "tokens", "retain_targets": True}
 _SWAHILI = {language: float(language == "sw") for language in LANGUAGES}
 # What `strength: auto` would be if it pushed whole from one answer in sixteen on, not one in four;
 # for Qwen2.5-Coder-1.5B that is `_SWAHILI`.
@@ -135,30 +142,32 @@ SETTINGS: dict[str, Setting] = {
     "states-slow": lens(**{**_STATES, "learning_rate": 2.5e-5}),
     "states-slower": lens(**{**_STATES, **_QWEN_RATE}),
     "auto-states10": lens(**_STATES, retain_weight=10.0),
+    "tokens": tokens(),
+    "tokens10": tokens(retain_weight=10.0),
+    "tokens-slower": tokens(**_QWEN_RATE),
+    "tokens10-slower": tokens(**_QWEN_RATE, retain_weight=10.0),
+    "tokens-push": tokens(strength=1.0),
+    "tokens-swahili": tokens(strength=_SWAHILI),
+    "tokens-swahili-three-eighths": tokens(dial=0.375, strength=_SWAHILI),
     "default": default(),
-    "default10": default(retain_weight=10.0),
-    "default-slower": default(**_QWEN_RATE),
-    "default10-slower": default(**_QWEN_RATE, retain_weight=10.0),
-    "default-push": default(strength=1.0),
     "default-swahili": default(strength=_SWAHILI),
-    "default10-swahili": default(strength=_SWAHILI, retain_weight=10.0),
-    "steep-smollm2": default(strength=_STEEP["smollm2"]),
-    "steep-gemma": default(strength=_STEEP["gemma"]),
-    "default-no-align": default(align_weight=0.0),
-    "default-no-separate": default(separate_weight=0.0),
-    "default-english": default(retain_targets=False),
-    "default-layers1": default(layers=1),
-    "default-rank1": Setting("lens", PRESETS["default"]["train"], probe={"rank": 1}),
-    "default-rank3": Setting("lens", PRESETS["default"]["train"], probe={"rank": 3}),
-    "default-complement": Setting(
-        "lens", PRESETS["default"]["train"], probe={"agnostic": "complement"}
-    ),
-    "default-rows25": Setting("lens", PRESETS["default"]["train"], rows=24),
-    "default-rows50": Setting("lens", PRESETS["default"]["train"], rows=48),
+    "tokens-swahili-no-align": tokens(strength=_SWAHILI, align_weight=0.0),
+    "tokens10-swahili": tokens(strength=_SWAHILI, retain_weight=10.0),
+    "steep-smollm2": tokens(strength=_STEEP["smollm2"]),
+    "steep-gemma": tokens(strength=_STEEP["gemma"]),
+    "tokens-no-align": tokens(align_weight=0.0),
+    "tokens-no-separate": tokens(separate_weight=0.0),
+    "tokens-english": tokens(retain_targets=False),
+    "tokens-layers1": tokens(layers=1),
+    "tokens-rank1": tokens(probe={"rank": 1}),
+    "tokens-rank3": tokens(probe={"rank": 3}),
+    "tokens-complement": tokens(probe={"agnostic": "complement"}),
+    "tokens-rows25": tokens(rows=24),
+    "tokens-rows50": tokens(rows=48),
     "faster-pads": Setting("pads", {**_PAPER, **_FASTER}),
     "faster-cuts": Setting("cuts", {**_PAPER, **_FASTER}),
-    "default-pads": Setting("pads", PRESETS["default"]["train"]),
-    "default-cuts": Setting("cuts", PRESETS["default"]["train"]),
+    "tokens-pads": Setting("pads", _TOKENS),
+    "tokens-cuts": Setting("cuts", _TOKENS),
     "rank16": lens(**{**_AUTO, "learning_rate": 1e-3}, update_rank=16),
     "answer": lens(**_AUTO, position="answer"),
     "answer-states": lens(**_FASTER, position="answer"),

@@ -43,28 +43,33 @@ from tables import (
 )
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-FORECAST = ("default", "answers")  # what `polylens doctor --forecast` speaks of
+# `tokens` is the default preset but for the questions that are retained.
+FORECAST = ("tokens", "answers")  # what `polylens doctor --forecast` speaks of
 # The search's settings for one language, trained on seven, beside what needs no search.
 SEARCHED = ("states", "searched", "searched-half", "answers")
-# The default preset, which holds each token's state, and what it was before.
+# The default preset as it was before it held each token's state, and when it did.
 HOLDING = (
     "states",
     "states-slow",
     "states-slower",
-    "default",
-    "default10",
-    "default-slower",
+    "tokens",
+    "tokens10",
+    "tokens-slower",
 )
 MAIN = (
     "paper",
     "states",
     "states-quarter",
+    "tokens",
+    "tokens10",
+    "tokens-no-align",
+    "tokens-push",
+    "tokens-swahili",
+    "tokens-swahili-three-eighths",
+    "tokens-swahili-no-align",
+    "tokens10-swahili",
     "default",
-    "default10",
-    "default-no-align",
-    "default-push",
     "default-swahili",
-    "default10-swahili",
     "answers",
     "answers-64",
     "answers-64-quarter",

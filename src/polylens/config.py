@@ -129,6 +129,12 @@ class TrainSettings(CrownSettings):
         description="Retain the target languages' prompts, too, but for the last token, which is "
         "to move.",
     )
+    retain_choices: int = Field(
+        0,
+        ge=0,
+        description="How many questions with two answers, of the starter corpus and in the central "
+        "language, are retained beside the corpus's own prompts; it has 96.",
+    )
     answer_weight: Weight = Field(
         0.0,
         description="Weight of the answers' own next tokens in the target languages (supervised "
@@ -159,6 +165,11 @@ class TrainSettings(CrownSettings):
     def retains_distribution(self) -> bool:
         """Whether next-token distributions of the central language are retained."""
         return self.retain_weight > 0 and self.retain == "distribution"
+
+    @property
+    def retained_choices(self) -> int:
+        """How many questions with two answers are retained: none where nothing is."""
+        return self.retain_choices if self.retain_weight > 0 else 0
 
     @property
     def reads_logits(self) -> bool:
@@ -381,7 +392,14 @@ class Runtime(Settings):
 # 2410.04407, appendix, and the published scripts), written out in full, so that a later change of a
 # default cannot change them. "answers": supervised fine-tuning, none of Lens's losses.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "default": {"train": {"strength": "auto", "retain": "tokens", "retain_targets": True}},
+    "default": {
+        "train": {
+            "strength": "auto",
+            "retain": "tokens",
+            "retain_targets": True,
+            "retain_choices": 48,
+        }
+    },
     "paper": {
         "probe": {
             "texts_per_language": 300,
@@ -404,6 +422,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "retain_weight": 1.0,
             "retain": "states",
             "retain_targets": False,
+            "retain_choices": 0,
             "answer_weight": 0.0,
             "update_rank": None,
             "learning_rate": 1e-5,

@@ -35,7 +35,7 @@ class ParallelStates:
     Attributes:
         states: boundary and final states of all prompts, in any order.
         rows: for each parallel row, language → index of its prompt in `states`. A row has the
-            central language and at least one target; other languages may be missing.
+            central language; with no target beside it, it is there to be retained alone.
         central: the central language.
         n_answer: as `ParallelPrompts` has it.
         answers: as `ParallelPrompts` has them.

@@ -20,6 +20,9 @@ from polylens.errors import ConfigError, CorpusError
 PLAIN = "plain"
 CHAT = "chat"
 
+# Longest prompt that is to stay whole, where the tokenizer sets no limit of its own.
+_LONGEST = 4096
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -136,6 +139,11 @@ class PromptFormat:
                 kept.append(index)
         return Prompts(tuple(ids), tuple(kept), n_truncated)
 
+    def encode_whole(self, tokenizer: Any, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Tokenise texts as prompts; none at all where the tokenizer's longest input cuts one."""
+        prompts = self.encode(tokenizer, texts, min(_LONGEST, tokenizer.model_max_length))
+        return () if prompts.n_truncated else prompts.ids
+
     def _tokenise(self, tokenizer: Any, text: str, add_special: bool) -> list[int]:
         return list(
             tokenizer(self.render(tokenizer, text), add_special_tokens=add_special)["input_ids"]
@@ -218,8 +226,9 @@ class ParallelPrompts:
     Attributes:
         ids: token ids of every prompt, row by row; with `n_answer`, of its answer too, but for the
             last token, which predicts nothing of it.
-        rows: for each usable row, language → index into `ids`.
-        sources: for each usable row, its index in the corpus.
+        rows: for each usable row, language → index into `ids`; at the end those of prompts that are
+            there to be retained alone, which have the central language and no other.
+        sources: for each usable row of the corpus, its index there.
         n_truncated: prompts that lost their end.
         n_answer: for each prompt, the tokens of its answer: so many of the last states predict
             them, from the prompt's last one on. None where no answers follow.
@@ -238,6 +247,28 @@ class ParallelPrompts:
     def n_tokens(self) -> int:
         """All tokens."""
         return sum(map(len, self.ids))
+
+    def with_retained(self, central: str, retained: Sequence[tuple[int, ...]]) -> ParallelPrompts:
+        """Return the rows and, after them, one for each prompt that is to be retained."""
+        n_own, n_retained = len(self.ids), len(retained)
+        return dataclasses.replace(
+            self,
+            ids=(*self.ids, *retained),
+            rows=(*self.rows, *({central: n_own + place} for place in range(n_retained))),
+            n_answer=self.n_answer and (*self.n_answer, *[1] * n_retained),
+            answers=self.answers and (*self.answers, *[()] * n_retained),
+        )
+
+    def first(self, share: float) -> ParallelPrompts:
+        """Return the first rows, at least one, and as large a share of those retained alone."""
+        n_sources = len(self.sources)
+        n_rows = max(1, int(share * n_sources))
+        retained = self.rows[n_sources:]
+        return dataclasses.replace(
+            self,
+            rows=(*self.rows[:n_rows], *retained[: int(share * len(retained))]),
+            sources=self.sources[:n_rows],
+        )
 
     def without_answers(self) -> ParallelPrompts:
         """Return the prompts alone."""

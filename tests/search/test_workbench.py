@@ -137,7 +137,7 @@ def test_the_untouched_model_answers_once_for_all_trials(
     asked: list[int] = []
 
     def counted(model: LanguageModel, prompts: ParallelPrompts, *args: Any, **how: Any) -> Any:
-        asked.append(len(prompts.ids))
+        asked.append(len(prompts.sources))
         return measure_shortfall(model, prompts, *args, **how)
 
     monkeypatch.setattr(workbench, "measure_shortfall", counted)
@@ -148,7 +148,7 @@ def test_the_untouched_model_answers_once_for_all_trials(
     assert len(asked) == 1
     bench.train({**auto, "train.rows": 2})  # other prompts
     bench.train({**auto, "train.separate_weight": 0.0})  # nothing is pushed
-    assert asked == [8, 4]
+    assert asked == [4, 2]
 
 
 def test_kept_states_are_asked_for_once(llama: LanguageModel) -> None:

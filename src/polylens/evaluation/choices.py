@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polylens.corpora.starter import starter_corpus
+from polylens.corpora.choices import LETTERS, two_answers
 from polylens.evaluation.letters import right_shares
 from polylens.evaluation.measures import Example, Task, TaskRun
 from polylens.evaluation.scoring import Candidate, score_continuations
@@ -25,10 +25,7 @@ from polylens.states_cache import Collect, fresh_hidden_states
 
 CHOICES = "choices"
 
-_LETTERS = ("A", "B")
-
-# Longest question, where the tokenizer sets no limit of its own.
-_MAX_TOKENS = 4096
+_MAX_TOKENS = 16  # of a letter
 
 
 @dataclass(frozen=True)
@@ -53,25 +50,11 @@ def encode_choices(
 
     Questions that the tokenizer's longest input does not hold are left out.
     """
-    corpus = starter_corpus()
-    if language not in corpus.languages:
-        return ()
-    longest = min(_MAX_TOKENS, tokenizer.model_max_length)
-    a, b = (prompt_format.encode_beginning(tokenizer, one, _MAX_TOKENS) for one in _LETTERS)
-    questions = [row[language] for row in corpus.split(corpus.n_heldout)[1].rows]
-    answers = [corpus.answers[language][question] for question in questions]
+    a, b = (prompt_format.encode_beginning(tokenizer, one, _MAX_TOKENS) for one in LETTERS)
     choices = []
-    for row, (question, right, wrong) in enumerate(
-        zip(questions, answers, (*answers[1:], *answers[:1]), strict=True)
-    ):
-        texts = [
-            f"{question}\n\nWhich of these answers that?\nA. {first}\nB. {second}\n"
-            "Reply with the letter alone, A or B."
-            for first, second in ((right, wrong), (wrong, right))
-        ]
-        prompts = prompt_format.encode(tokenizer, texts, longest)
-        if prompts.n_truncated == 0:
-            as_a, as_b = prompts.ids
+    for row, texts in enumerate(two_answers(language, "heldout")):
+        if whole := prompt_format.encode_whole(tokenizer, texts):
+            as_a, as_b = whole
             choices.append(Choice(row, (as_a, as_b), (a, b)))
     return tuple(choices)
 

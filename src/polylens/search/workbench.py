@@ -144,11 +144,10 @@ class Workbench:
             collect=self._collect,
             progress=self._progress,
         )
-        rows = plan.training.rows[: max(1, int(share * len(plan.training.rows)))]
         (delta,) = train_prompts(
             self.model,
             subspaces,
-            dataclasses.replace(plan.training, rows=rows),
+            plan.training.first(share),
             settings=[self._with_strengths(config, plan.training)],
             seed=config.seed,
             token_budget=self._runtime.token_budget,
