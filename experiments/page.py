@@ -43,8 +43,9 @@ from tables import (
 )
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-# `tokens` is the default preset but for the questions that are retained.
-FORECAST = ("tokens", "answers")  # what `polylens doctor --forecast` speaks of
+# What the forecast was measured with; `tokens` is the default preset but for the questions that
+# are retained.
+FORECAST = ("tokens", "answers")
 # The search's settings for one language, trained on seven, beside what needs no search.
 SEARCHED = ("states", "searched", "searched-half", "answers")
 # The default preset as it was before it held each token's state, and when it did.

@@ -127,13 +127,7 @@ def make_deltas(
 def _states_of(setting: Setting) -> tuple[Any, ...]:
     """What determines the states that a setting of Lens trains from."""
     settings = TrainSettings(**setting.settings)
-    return (
-        setting.method,
-        setting.rows,
-        setting.probe,
-        settings.max_answer_tokens,
-        settings.retained_choices,
-    )
+    return setting.method, setting.rows, setting.probe, settings.max_answer_tokens
 
 
 def _digest(setting: Setting, rows: ParallelCorpus) -> str:

@@ -77,7 +77,7 @@ def test_the_forecast_block(page: Any, tmp_path: Path, monkeypatch: pytest.Monke
     repeats = {k: [0.0] * 4 if n < 4 else [1.0] * 4 for n, k in enumerate(languages)}
     for name, replies, fidelity, repeating in (
         ("base", same, half, none),
-        ("default-0", after, gained, repeats),
+        ("tokens-0", after, gained, repeats),
     ):
         parts = {
             "replies": kept(page, "replies", "bits_per_byte", replies),
@@ -91,7 +91,7 @@ def test_the_forecast_block(page: Any, tmp_path: Path, monkeypatch: pytest.Monke
     (line,) = [line for line in block.split("\n") if line.startswith("| told apart")]
     assert line.split("|")[2:4] == [" – ", " – "]
     # Said: nothing, worth a run twice, hardly known three times. Came: each twice, in this order.
-    assert "`default`: the sentence was right for 4 of 6" in block
+    assert "`tokens`: the sentence was right for 4 of 6" in block
     assert '"nothing to gain", said of all, for 2.' in block
     (line,) = [line for line in block.split("\n") if f"| {languages[4]} |" in line]
     assert line.endswith("| hardly known | **hardly known (+50, +100)** |  |")

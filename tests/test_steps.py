@@ -9,8 +9,8 @@ import pytest
 
 from polylens.config import PRESETS, TrainSettings
 from polylens.corpora import ParallelCorpus, starter_corpus
-from polylens.corpora.choices import two_answers
-from polylens.errors import ConfigError, CorpusError
+from polylens.corpora.choices import heldout_choices, training_choices
+from polylens.errors import CorpusError
 from polylens.models.loading import LanguageModel, load_model
 from polylens.prompts import ParallelPrompts, choose_format
 from polylens.steps import encode_shared, probe, train
@@ -50,13 +50,13 @@ def test_answers_alone_need_answers(tiny_folder: Path) -> None:
 def test_questions_to_be_retained_come_after_the_rows_and_whole(
     llama: LanguageModel, position: str
 ) -> None:
-    corpus, style = starter_corpus().limit(2), choose_format(llama.tokenizer, "auto")
+    corpus, style = starter_corpus().split(32)[0].limit(4), choose_format(llama.tokenizer, "auto")
 
-    def encode(*numbers: int, languages: tuple[str, ...] = ("en", "sw")) -> ParallelPrompts:
-        settings = [TrainSettings(position=position, retain_choices=one) for one in numbers]
-        return encode_shared(llama.tokenizer, style, corpus, languages, settings)
+    def encode(*ratios: float) -> ParallelPrompts:
+        settings = [TrainSettings(position=position, retain_choices=one) for one in ratios]
+        return encode_shared(llama.tokenizer, style, corpus, ("en", "sw"), settings)
 
-    plain, found = encode(0), encode(3)
+    plain, found = encode(0.0), encode(0.0, 0.75, 0.5)
     n_plain = len(plain.ids)
     assert found.ids[:n_plain] == plain.ids
     assert found.rows == (*plain.rows, *({"en": n_plain + place} for place in range(3)))
@@ -64,30 +64,68 @@ def test_questions_to_be_retained_come_after_the_rows_and_whole(
     for name in ("n_answer", "answers"):
         of_prompts = getattr(found, name)
         assert of_prompts is None or len(of_prompts) == len(found.ids)
+    assert found.without_answers().ids[n_plain:] == found.ids[n_plain:]
     texts = [llama.tokenizer.decode(ids) for ids in found.ids[n_plain:]]
-    pairs = two_answers("en", "training")[:3]
+    pairs = training_choices("en", corpus)
+    assert len(pairs) == 4
     for text, asked in zip(texts, (pairs[0][0], pairs[1][1], pairs[2][0]), strict=True):
         assert asked in text
-    measured = {text for pair in two_answers("en", "heldout") for text in pair}
-    assert not measured & {text for pair in two_answers("en", "training") for text in pair}
-    assert len(encode(500).rows) == len(plain.rows) + 96
-    with pytest.raises(ConfigError, match="must have one retained_choices, got 0, 3"):
-        encode(0, 3)
+    for ratio, n_choices in ((0.0, 0), (0.5, 2), (0.75, 3)):
+        settings = TrainSettings(retain_choices=ratio)
+        assert found.rows_of(settings) == found.rows[: 4 + n_choices]
+        assert found.first(0.5).rows_of(settings) == (
+            *found.rows[:2],
+            *found.rows[4 : 4 + n_choices // 2],
+        )
+    assert found.rows_of(TrainSettings(retain_choices=0.5, retain_weight=0)) == plain.rows
 
 
-def test_a_central_language_that_the_starter_corpus_lacks_has_no_such_questions(
-    llama: LanguageModel,
+def test_questions_of_rows_that_may_be_held_out_are_not_retained() -> None:
+    training, _ = starter_corpus().split(32)
+    everything = {text for pair in training_choices("en", training) for text in pair}
+    assert len(everything) == 2 * 96
+    assert not everything & {text for pair in heldout_choices("en") for text in pair}
+    some = training.limit(10)
+    questions = {row["en"] for row in some.rows}
+    answers = {training.answers["en"][question] for question in questions}
+    asked = [text for pair in training_choices("en", some) for text in pair]
+    assert len(asked) == 20
+    for text in asked:
+        question, _, rest = text.partition("\n\nWhich")
+        assert question in questions
+        a, b = (line.partition(". ")[2] for line in rest.splitlines()[1:3])
+        assert {a, b} <= answers
+    other = ParallelCorpus.make("other", [{"en": "one two", "sw": "moja mbili"}])
+    assert len(training_choices("en", other)) == 96
+    assert training_choices("hi", other) == []
+    assert training_choices("en", training.limit(1)) == []
+
+
+def test_questions_that_the_model_cannot_hold_are_not_retained(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    corpus = ParallelCorpus.make("two", [{"hi": "एक दो", "sw": "moja mbili"}])
-    style = choose_format(llama.tokenizer, "auto")
-    settings = [TrainSettings(retain_choices=3)]
-    assert len(encode_shared(llama.tokenizer, style, corpus, ("hi", "sw"), settings).rows) == 1
+    corpus, style = starter_corpus().split(32)[0], choose_format(llama.tokenizer, "auto")
+
+    def lengths() -> list[int]:
+        settings = [TrainSettings(retain_choices=1.0)]
+        found = encode_shared(llama.tokenizer, style, corpus, ("en", "sw"), settings)
+        return sorted(len(found.ids[row["en"]]) for row in found.rows[len(found.sources) :])
+
+    whole = lengths()
+    monkeypatch.setattr(llama.tokenizer, "model_max_length", whole[40])
+    assert lengths() == [one for one in whole if one <= whole[40]]
 
 
-def test_rows_are_counted_without_the_questions(tiny_folder: Path) -> None:
+def test_settings_that_retain_questions_share_states_with_those_that_do_not(
+    tiny_folder: Path,
+) -> None:
     model, corpus = load_model(tiny_folder), starter_corpus().limit(4)
     subspaces = probe(model, corpus.to_corpus(), languages=("en", "sw"))
-    settings = TrainSettings(**COMMON, retain_choices=4)
-    delta = train(model, subspaces, corpus, settings=settings)
-    assert delta.metadata["n_rows"] == 4
-    assert len(delta.metadata["log"]) == 2
+    settings = [TrainSettings(**COMMON, retain_choices=one) for one in (1.0, 0.0)]
+    deltas = train(model, subspaces, corpus, settings=settings)
+    assert [len(delta.metadata["log"]) for delta in deltas] == [2, 1]
+    for one, delta in zip(settings, deltas, strict=True):
+        assert delta.metadata["n_rows"] == 4
+        by_itself = train(model, subspaces, corpus, settings=one)
+        for got, expected in zip(delta.metadata["log"], by_itself.metadata["log"], strict=True):
+            assert got == pytest.approx(expected, rel=1e-4)

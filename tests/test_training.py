@@ -17,6 +17,7 @@ from polylens.errors import ConfigError, TrainingError
 from polylens.hidden_states import Keep, collect_hidden_states
 from polylens.models.loading import LanguageModel, wrap_model
 from polylens.objective import ParallelStates
+from polylens.optimization import rows_of_step
 from polylens.subspaces import Subspaces, probe_subspaces
 from polylens.training import (
     TrainingResult,
@@ -552,6 +553,23 @@ def test_a_loss_that_retained_tokens_start_without_is_no_divergence(llama: Langu
     losses = [entry["loss"] for entry in log]
     assert max(losses) > 10 * losses[0]
     assert losses[-1] < max(losses)
+
+
+@pytest.mark.parametrize("retain", ["states", "tokens", "distribution"])
+def test_a_first_step_that_only_retains_does_not_make_the_next_a_divergence(
+    llama: LanguageModel, retain: str
+) -> None:
+    subspaces, parallel = setting(llama)
+    first = next(seed for seed in range(99) if rows_of_step(0, N_ROWS, 1, seed) == [N_ROWS - 1])
+    rows = (*parallel.rows[:-1], {"en": parallel.rows[-1]["en"]})
+    settings = TrainSettings(**{**SETTINGS, "batch_size": 1}, retain=retain)
+    result = train_crown(
+        llama.structure, subspaces, dataclasses.replace(parallel, rows=rows), settings,
+        seed=first, token_budget=24,
+    )  # fmt: skip
+    losses = [entry["loss"] for entry in result.log]
+    assert losses[0] == pytest.approx(0, abs=1e-6)
+    assert losses[1] > 0.01
 
 
 def test_a_prompt_of_one_token_has_nothing_to_retain(llama: LanguageModel) -> None:

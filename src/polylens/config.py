@@ -129,11 +129,11 @@ class TrainSettings(CrownSettings):
         description="Retain the target languages' prompts, too, but for the last token, which is "
         "to move.",
     )
-    retain_choices: int = Field(
-        0,
-        ge=0,
-        description="How many questions with two answers, of the starter corpus and in the central "
-        "language, are retained beside the corpus's own prompts; it has 96.",
+    retain_choices: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Questions with two answers, of the starter corpus and in the central "
+        "language, that are retained beside the corpus's own prompts, for each of its rows; at most "
+        "96 in all. They count as rows of a step, and are never cut.",
     )
     answer_weight: Weight = Field(
         0.0,
@@ -166,10 +166,9 @@ class TrainSettings(CrownSettings):
         """Whether next-token distributions of the central language are retained."""
         return self.retain_weight > 0 and self.retain == "distribution"
 
-    @property
-    def retained_choices(self) -> int:
-        """How many questions with two answers are retained: none where nothing is."""
-        return self.retain_choices if self.retain_weight > 0 else 0
+    def n_choices(self, n_rows: int) -> int:
+        """Return how many questions with two answers are retained: none where nothing is."""
+        return int(self.retain_choices * n_rows) if self.retain_weight > 0 else 0
 
     @property
     def reads_logits(self) -> bool:
@@ -397,7 +396,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "strength": "auto",
             "retain": "tokens",
             "retain_targets": True,
-            "retain_choices": 48,
+            "retain_choices": 0.5,
         }
     },
     "paper": {
@@ -422,7 +421,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "retain_weight": 1.0,
             "retain": "states",
             "retain_targets": False,
-            "retain_choices": 0,
+            "retain_choices": 0.0,
             "answer_weight": 0.0,
             "update_rank": None,
             "learning_rate": 1e-5,

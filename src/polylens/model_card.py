@@ -73,8 +73,8 @@ def model_card(
         done.append(f"{central} is held where it was")
         if config.train.retain_targets:
             done.append("the target languages' prompts are held up to their last token")
-        if training.get("retained_choices"):
-            done.append(f"questions with two answers in {central} are held, too")
+        if n_choices := training.get("retained_choices"):
+            done.append(f"{n_choices} of PolyLens's own questions in {central} are held, too")
     answered = any(training.get("answers", {}).get(k) for k in config.languages)
     if answered and config.train.answer_weight:
         done.append("answers in the target languages are learned")

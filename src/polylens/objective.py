@@ -115,10 +115,13 @@ class LensObjective:
         """What a batch may lose though the first one lost next to nothing.
 
         A first batch may have no answers; one that has them loses up to what a model loses that
-        knows nothing. Retained tokens lose nothing at first, and a tenth of their states' own
-        square while the others still move fast.
+        knows nothing. Or it may hold nothing but prompts that are there to be retained. Retained
+        tokens lose nothing at first, and a tenth of their states' own square while the others still
+        move fast.
         """
-        usual = LEAST_LOSS
+        with torch.no_grad():
+            first = self._losses([0])
+        usual = LEAST_LOSS + sum(self._weight(name) * float(one) for name, one in first.items())
         n_targets = len(self._parallel.targets)
         if self._answers is not None:
             config = self._crown.structure_[0].causal_lm.config.get_text_config()

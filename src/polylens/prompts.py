@@ -14,6 +14,7 @@ from typing import Any
 
 from polylens.artefacts import read_text, user_path
 from polylens.chat_templates import check_template, render_conversation
+from polylens.config import TrainSettings
 from polylens.corpora import Corpus, ParallelCorpus
 from polylens.errors import ConfigError, CorpusError
 
@@ -259,16 +260,16 @@ class ParallelPrompts:
             answers=self.answers and (*self.answers, *[()] * n_retained),
         )
 
+    def rows_of(self, settings: TrainSettings) -> tuple[Mapping[str, int], ...]:
+        """Return the rows that some settings read: all, and as many retained alone as they say."""
+        n_rows = len(self.sources)
+        return self.rows[: n_rows + settings.n_choices(n_rows)]
+
     def first(self, share: float) -> ParallelPrompts:
-        """Return the first rows, at least one, and as large a share of those retained alone."""
-        n_sources = len(self.sources)
-        n_rows = max(1, int(share * n_sources))
-        retained = self.rows[n_sources:]
-        return dataclasses.replace(
-            self,
-            rows=(*self.rows[:n_rows], *retained[: int(share * len(retained))]),
-            sources=self.sources[:n_rows],
-        )
+        """Return the first rows of the corpus, at least one, and all that are retained alone."""
+        n_rows = max(1, int(share * len(self.sources)))
+        rows = (*self.rows[:n_rows], *self.rows[len(self.sources) :])
+        return dataclasses.replace(self, rows=rows, sources=self.sources[:n_rows])
 
     def without_answers(self) -> ParallelPrompts:
         """Return the prompts alone."""

@@ -7,13 +7,14 @@ together, with prompts it has made already.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 from polylens.config import PRESETS, ProbeSettings, TrainSettings
 from polylens.corpora import Corpus, ParallelCorpus
-from polylens.corpora.choices import two_answers
+from polylens.corpora.choices import training_choices
 from polylens.crown import CrownDelta
 from polylens.errors import ConfigError, CorpusError
 from polylens.hidden_states import HiddenStates, Keep
@@ -185,8 +186,8 @@ def train(
         languages: target languages; None takes those of the subspaces.
         settings: see `TrainSettings`; `corpus` and `rows` are not read here. None takes those of
             the default preset. A list trains one crown for each, from one trunk pass, or two where
-            some read answers and some do not; all must have the same `max_tokens`,
-            `max_answer_tokens` and `retained_choices`.
+            some read answers and some do not; all must have the same `max_tokens` and
+            `max_answer_tokens`.
         template: "auto", "chat", "plain" or a Jinja file.
         seed: order of the rows.
         token_budget: padded tokens of a batch; None takes what is fastest on this machine.
@@ -198,8 +199,7 @@ def train(
         The change of the weights; for a list of settings, a list.
 
     Raises:
-        ConfigError: the settings of a list differ in `max_tokens`, `max_answer_tokens` or
-            `retained_choices`.
+        ConfigError: the settings of a list differ in `max_tokens` or `max_answer_tokens`.
         CorpusError: no usable row, or no answer where nothing else is learned.
         TrainingError: the loss is not finite or runs away.
     """
@@ -243,13 +243,13 @@ def encode_shared(
 ) -> ParallelPrompts:
     """Tokenise parallel rows for all of some settings; answers follow where one reads them.
 
-    Questions with two answers that are to be retained come after them.
+    The questions with two answers that any of the settings retains come after them.
 
     Raises:
-        ConfigError: the settings differ in `max_tokens`, `max_answer_tokens` or `retained_choices`.
+        ConfigError: the settings differ in `max_tokens` or `max_answer_tokens`.
         CorpusError: no usable row, or no answer where nothing else is learned.
     """
-    for name in ("max_tokens", "max_answer_tokens", "retained_choices"):
+    for name in ("max_tokens", "max_answer_tokens"):
         given = [getattr(one, name) for one in settings]
         if len(set(given)) != 1:
             raise ConfigError(
@@ -268,22 +268,18 @@ def encode_shared(
     )
     for one in settings:
         _require_answers(one, prompts, corpus.name)
-    return prompts.with_retained(
-        languages[0], _retained_choices(tokenizer, prompt_format, languages[0], settings[0])
-    )
-
-
-def _retained_choices(
-    tokenizer: Any, prompt_format: PromptFormat, central: str, settings: TrainSettings
-) -> list[tuple[int, ...]]:
-    """Return the questions to be retained; those that do not fit are left out."""
+    central, n_rows = languages[0], len(prompts.sources)
+    n_choices = max(one.n_choices(n_rows) for one in settings)
     # The right answer is A of one, B of the next.
-    texts = [pair[number % 2] for number, pair in enumerate(two_answers(central, "training"))]
-    return [
-        ids
-        for text in texts[: settings.retained_choices]
-        for ids in prompt_format.encode_whole(tokenizer, [text])
-    ]
+    choices = [pair[n % 2] for n, pair in enumerate(training_choices(central, corpus))]
+    return prompts.with_retained(
+        central,
+        [
+            ids
+            for text in choices[:n_choices]
+            for ids in prompt_format.encode_whole(tokenizer, [text])
+        ],
+    )
 
 
 def _require_answers(settings: TrainSettings, prompts: ParallelPrompts, name: str) -> None:
@@ -354,7 +350,7 @@ def train_prompts(
         result = train_crown(
             structure,
             subspaces,
-            kept[answered],
+            dataclasses.replace(kept[answered], rows=own.rows_of(one)),
             one,
             seed=seed,
             token_budget=token_budget,

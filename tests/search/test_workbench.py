@@ -40,6 +40,7 @@ SETTINGS: dict[str, Any] = {
     "train.rows": 4,
     "train.batch_size": 2,
     "train.epochs": 1,
+    "train.retain_choices": 1.0,
     "evaluate.rows": 4,
 }
 
@@ -335,8 +336,11 @@ def test_a_preview_trains_on_the_first_rows_and_pushes_as_the_whole_would(
         bench.model, plan.probing, central="en", settings=own.probe,
         template=plan.prompt_format.name, token_budget=512, collect=fresh_hidden_states,
     )  # fmt: skip
-    assert len(plan.training.rows) == 4
-    half = dataclasses.replace(plan.training, rows=plan.training.rows[:2])
+    rows = plan.training.rows
+    assert [len(row) for row in rows] == [2] * 4 + [1] * 4
+    half = dataclasses.replace(
+        plan.training, rows=(*rows[:2], *rows[4:6]), sources=plan.training.sources[:2]
+    )
     (expected,) = train_prompts(
         bench.model, subspaces, half, settings=[own.train], seed=own.seed, token_budget=512,
         collect=fresh_hidden_states,

@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "probe.texts_per_language": 4,
     "train.rows": 4,
     "train.batch_size": 2,
+    "train.retain_choices": 0,
     "evaluate.rows": 2,
     "evaluate.max_new_tokens": 2,
     "gate.text_margin": 9.0,  # two rows of a random model show nothing

@@ -8,34 +8,54 @@ texts show it.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
+from polylens.corpora.corpus import ParallelCorpus
 from polylens.corpora.starter import starter_corpus
 
 LETTERS = ("A", "B")
 
 
-def two_answers(language: str, part: Literal["training", "heldout"]) -> list[tuple[str, str]]:
-    """Return each row's question, with its own answer as A, and as B.
+def heldout_choices(language: str) -> list[tuple[str, str]]:
+    """Return each held-out question, with its own answer as A, and as B.
 
     None where the starter corpus lacks the language.
 
     Example:
-        >>> as_a, as_b = two_answers("en", "heldout")[0]
+        >>> as_a, as_b = heldout_choices("en")[0]
         >>> as_a.splitlines()[-1]
         'Reply with the letter alone, A or B.'
     """
     corpus = starter_corpus()
-    if language not in corpus.languages:
+    return _two_answers(language, corpus.split(corpus.n_heldout)[1].rows)
+
+
+def training_choices(language: str, trained: ParallelCorpus) -> list[tuple[str, str]]:
+    """Return each question of the training rows, with its own answer as A, and as B.
+
+    None where the starter corpus lacks the language.
+
+    Args:
+        language: of the questions.
+        trained: the rows that train. Where they are the starter corpus's, theirs are the only
+            questions: the others' may be held out.
+    """
+    corpus = starter_corpus()
+    rows = corpus.split(corpus.n_heldout)[0].rows
+    seen = {row.get(language) for row in trained.rows}
+    own = [row for row in rows if row.get(language) in seen]
+    return _two_answers(language, own or rows)
+
+
+def _two_answers(language: str, rows: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    corpus = starter_corpus()
+    if language not in corpus.languages or len(rows) < 2:
         return []
-    rows = corpus.split(corpus.n_heldout)[part == "heldout"].rows
     questions = [row[language] for row in rows]
     answers = [corpus.answers[language][question] for question in questions]
     return [
         (_ask(question, own, other), _ask(question, other, own))
-        for question, own, other in zip(
-            questions, answers, (*answers[1:], *answers[:1]), strict=True
-        )
+        for question, own, other in zip(questions, answers, (*answers[1:], answers[0]), strict=True)
     ]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polylens.corpora.choices import LETTERS, two_answers
+from polylens.corpora.choices import LETTERS, heldout_choices
 from polylens.evaluation.letters import right_shares
 from polylens.evaluation.measures import Example, Task, TaskRun
 from polylens.evaluation.scoring import Candidate, score_continuations
@@ -52,7 +52,7 @@ def encode_choices(
     """
     a, b = (prompt_format.encode_beginning(tokenizer, one, _MAX_TOKENS) for one in LETTERS)
     choices = []
-    for row, texts in enumerate(two_answers(language, "heldout")):
+    for row, texts in enumerate(heldout_choices(language)):
         if whole := prompt_format.encode_whole(tokenizer, texts):
             as_a, as_b = whole
             choices.append(Choice(row, (as_a, as_b), (a, b)))

@@ -48,7 +48,8 @@ def loss_curves(log: Sequence[Mapping[str, float]]) -> go.Figure:
     figure = make_subplots(rows=1, cols=len(groups), subplot_titles=[titles[g] for g in groups])
     languages = [
         name.partition(".")[2]
-        for name in log[0]
+        for entry in log
+        for name in entry
         if name.startswith(("separate.", "align.", "answer.", "retain."))
     ]
     colours = language_colours(list(dict.fromkeys(languages)), "")
