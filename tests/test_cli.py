@@ -24,6 +24,7 @@ QUICK = [
     "gate.text_margin=9",
     "gate.choice_margin=9",  # so few rows of a random model, and its guesses, show nothing
     "gate.steps=1",
+    "train.retain_choices=0",
 ]
 
 

@@ -133,6 +133,7 @@ def test_the_dial_is_turned_down_to_where_english_holds(
         "train.learning_rate": 0.02,
         "train.retain": "states",  # which holds English less
         "train.retain_targets": False,
+        "train.retain_choices": 0,
         "evaluate.rows": 16,
     }
     wide = enhance(configure(taught_folder, **strong), tmp_path / "wide")
