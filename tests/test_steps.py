@@ -47,7 +47,7 @@ def test_answers_alone_need_answers(tiny_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("position", ["last", "answer"])
-def test_questions_to_be_retained_come_after_the_rows_and_whole(
+def test_questions_to_be_retained_come_beside_the_rows_and_whole(
     llama: LanguageModel, position: str
 ) -> None:
     corpus, style = starter_corpus().split(32)[0].limit(4), choose_format(llama.tokenizer, "auto")
@@ -59,8 +59,8 @@ def test_questions_to_be_retained_come_after_the_rows_and_whole(
     plain, found = encode(0.0), encode(0.0, 0.75, 0.5)
     n_plain = len(plain.ids)
     assert found.ids[:n_plain] == plain.ids
-    assert found.rows == (*plain.rows, *({"en": n_plain + place} for place in range(3)))
-    assert found.sources == plain.sources
+    assert (found.rows, found.sources) == (plain.rows, plain.sources)
+    assert found.retained == tuple(range(n_plain, n_plain + 3))
     for name in ("n_answer", "answers"):
         of_prompts = getattr(found, name)
         assert of_prompts is None or len(of_prompts) == len(found.ids)
@@ -72,12 +72,9 @@ def test_questions_to_be_retained_come_after_the_rows_and_whole(
         assert asked in text
     for ratio, n_choices in ((0.0, 0), (0.5, 2), (0.75, 3)):
         settings = TrainSettings(retain_choices=ratio)
-        assert found.rows_of(settings) == found.rows[: 4 + n_choices]
-        assert found.first(0.5).rows_of(settings) == (
-            *found.rows[:2],
-            *found.rows[4 : 4 + n_choices // 2],
-        )
-    assert found.rows_of(TrainSettings(retain_choices=0.5, retain_weight=0)) == plain.rows
+        assert found.retained_by(settings) == found.retained[:n_choices]
+        assert found.first(0.5).retained_by(settings) == found.retained[: n_choices // 2]
+    assert found.retained_by(TrainSettings(retain_choices=0.5, retain_weight=0)) == ()
 
 
 def test_questions_of_rows_that_may_be_held_out_are_not_retained() -> None:
@@ -109,7 +106,7 @@ def test_questions_that_the_model_cannot_hold_are_not_retained(
     def lengths() -> list[int]:
         settings = [TrainSettings(retain_choices=1.0)]
         found = encode_shared(llama.tokenizer, style, corpus, ("en", "sw"), settings)
-        return sorted(len(found.ids[row["en"]]) for row in found.rows[len(found.sources) :])
+        return sorted(len(found.ids[prompt]) for prompt in found.retained)
 
     whole = lengths()
     monkeypatch.setattr(llama.tokenizer, "model_max_length", whole[40])
@@ -123,7 +120,8 @@ def test_settings_that_retain_questions_share_states_with_those_that_do_not(
     subspaces = probe(model, corpus.to_corpus(), languages=("en", "sw"))
     settings = [TrainSettings(**COMMON, retain_choices=one) for one in (1.0, 0.0)]
     deltas = train(model, subspaces, corpus, settings=settings)
-    assert [len(delta.metadata["log"]) for delta in deltas] == [2, 1]
+    assert [len(delta.metadata["log"]) for delta in deltas] == [1, 1]
+    assert ["retain.choices" in delta.metadata["log"][0] for delta in deltas] == [True, False]
     for one, delta in zip(settings, deltas, strict=True):
         assert delta.metadata["n_rows"] == 4
         by_itself = train(model, subspaces, corpus, settings=one)

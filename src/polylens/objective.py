@@ -35,10 +35,12 @@ class ParallelStates:
     Attributes:
         states: boundary and final states of all prompts, in any order.
         rows: for each parallel row, language → index of its prompt in `states`. A row has the
-            central language; with no target beside it, it is there to be retained alone.
+            central language.
         central: the central language.
         n_answer: as `ParallelPrompts` has it.
         answers: as `ParallelPrompts` has them.
+        retained: indices into `states` of the prompts of no row, of which what follows is retained:
+            the last token's state. The rows share them out, so that an epoch has each once.
     """
 
     states: HiddenStates
@@ -46,11 +48,17 @@ class ParallelStates:
     central: str
     n_answer: tuple[int, ...] | None = None
     answers: tuple[tuple[int, ...], ...] | None = None
+    retained: tuple[int, ...] = ()
 
     @property
     def targets(self) -> tuple[str, ...]:
         """The target languages, in the order of their first appearance."""
         return tuple(dict.fromkeys(k for row in self.rows for k in row if k != self.central))
+
+    def retained_beside(self, row: int) -> tuple[int, ...]:
+        """Return the prompts of no row that are retained beside one."""
+        n_rows, n_retained = len(self.rows), len(self.retained)
+        return self.retained[row * n_retained // n_rows : (row + 1) * n_retained // n_rows]
 
 
 class LensObjective:
@@ -75,23 +83,26 @@ class LensObjective:
         self._graph_tokens = graph_tokens
         offsets = parallel.states.offsets
         self._n_tokens = [
-            sum(offsets[index + 1] - offsets[index] for index in row.values())
-            for row in parallel.rows
+            sum(
+                offsets[index + 1] - offsets[index]
+                for index in (*row.values(), *parallel.retained_beside(number))
+            )
+            for number, row in enumerate(parallel.rows)
         ]
         assert settings.position != "answer" or parallel.n_answer is not None
-        n_answer: Sequence[int] = parallel.n_answer or [1] * len(parallel.states.lengths)
+        self._n_answer: Sequence[int] = parallel.n_answer or [1] * len(parallel.states.lengths)
         # The answers that are learned; none where the corpus has none.
         learned = settings.answer_weight > 0 and any(parallel.answers or ())
         self._answers = parallel.answers if learned else None
         self._n_prompt = [
             length - n + 1
-            for length, n in zip(parallel.states.lengths.tolist(), n_answer, strict=True)
+            for length, n in zip(parallel.states.lengths.tolist(), self._n_answer, strict=True)
         ]
         self._compares = settings.align_weight > 0 or settings.separate_weight > 0
         self._retains_targets = settings.retain_weight > 0 and settings.retain_targets
         self._n_shared = parallel.states.prefix_length
         # How many of a prompt's last tokens the losses of targets read; None: all of them.
-        self._n_read = n_answer if settings.position in ("last", "answer") else None
+        self._n_read = self._n_answer if settings.position in ("last", "answer") else None
         self._calls = Calls(structure, parallel.states.prefix_length)
         self._device = structure.device
         self._align = {layer: AlignLoss(subspaces, layer) for layer in self._layers}
@@ -115,13 +126,10 @@ class LensObjective:
         """What a batch may lose though the first one lost next to nothing.
 
         A first batch may have no answers; one that has them loses up to what a model loses that
-        knows nothing. Or it may hold nothing but prompts that are there to be retained. Retained
-        tokens lose nothing at first, and a tenth of their states' own square while the others still
-        move fast.
+        knows nothing. Retained tokens lose nothing at first, and a tenth of their states' own
+        square while the others still move fast.
         """
-        with torch.no_grad():
-            first = self._losses([0])
-        usual = LEAST_LOSS + sum(self._weight(name) * float(one) for name, one in first.items())
+        usual = LEAST_LOSS
         n_targets = len(self._parallel.targets)
         if self._answers is not None:
             config = self._crown.structure_[0].causal_lm.config.get_text_config()
@@ -168,7 +176,7 @@ class LensObjective:
 
     def _part_names(self) -> list[str]:
         settings = self._settings
-        names = ["retain"] if settings.retain_weight > 0 else []
+        names = ["retain", "retain.choices"] if settings.retain_weight > 0 else []
         for language in self._parallel.targets:
             names += [f"retain.{language}"] if self._retains_targets else []
             names += [f"align.{language}"] if settings.align_weight > 0 else []
@@ -182,14 +190,19 @@ class LensObjective:
     def _losses(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return the losses of each row, by part: (n_rows_with_the_language,) each."""
         of_row = [self._parallel.rows[row] for row in rows]
+        beside = [prompt for row in rows for prompt in self._parallel.retained_beside(row)]
         by_part: dict[str, list[Tensor]] = {}
-        for layer, now in self._states(of_row).items():
-            for name, values in self._losses_at(layer, now, of_row).items():
+        for layer, now in self._states(of_row, beside).items():
+            for name, values in self._losses_at(layer, now, of_row, beside).items():
                 by_part.setdefault(name, []).append(values)
         return {name: torch.stack(values).mean(0) for name, values in by_part.items()}
 
     def _losses_at(
-        self, layer: int, now: Mapping[int, Tensor], of_row: Sequence[Mapping[str, int]]
+        self,
+        layer: int,
+        now: Mapping[int, Tensor],
+        of_row: Sequence[Mapping[str, int]],
+        beside: Sequence[int],
     ) -> dict[str, Tensor]:
         """Return the losses of each row, by part, of one layer's states.
 
@@ -197,14 +210,15 @@ class LensObjective:
             layer: whose states.
             now: the states in training, by prompt: (n_tokens, hidden_size).
             of_row: language → prompt.
+            beside: prompts that are retained beside the rows.
         """
         settings, central = self._settings, self._parallel.central
         result: dict[str, Tensor] = {}
         if settings.retain_weight > 0:
-            prompts = [row[central] for row in of_row]
-            # Without answers.
-            kept = {prompt: now[prompt][: self._n_prompt[prompt]] for prompt in prompts}
-            result.update(self._retained("retain", layer, kept))
+            held = {row[central]: self._prompt(row[central]) for row in of_row}
+            result.update(self._retained("retain", layer, now, held))
+            last = dict.fromkeys(beside, slice(-1, None))
+            result.update(self._retained("retain.choices", layer, now, last))
         for language in self._parallel.targets:
             present = [row for row in of_row if language in row]
             if not present:
@@ -212,9 +226,10 @@ class LensObjective:
             indices = [row[language] for row in present]
             if self._retains_targets:
                 # The last token is to move; a prompt of one token has no other.
-                kept = {i: now[i][: self._n_prompt[i] - 1] for i in indices}
-                kept = {i: states for i, states in kept.items() if len(states) > self._n_shared}
-                result.update(self._retained(f"retain.{language}", layer, kept))
+                held = {
+                    i: self._prompt(i, 1) for i in indices if self._n_prompt[i] - 1 > self._n_shared
+                }
+                result.update(self._retained(f"retain.{language}", layer, now, held))
             targets = [self._read(now[index], index) for index in indices if self._compares]
             if settings.align_weight > 0:
                 # Tokens of parallel rows do not correspond, so their means are compared.
@@ -232,30 +247,39 @@ class LensObjective:
                     result[f"answer.{language}"] = self._nats(now, answered)
         return result
 
-    def _retained(self, name: str, layer: int, kept: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    def _prompt(self, prompt: int, n_less: int = 0) -> slice:
+        """Return which of a prompt's tokens are retained: its answer's are not.
+
+        Distributions after the shared prefix are left out: they are the same in every row.
+        """
+        first = self._n_shared if self._settings.retain == "distribution" else 0
+        return slice(first, self._n_prompt[prompt] - n_less)
+
+    def _retained(
+        self, name: str, layer: int, now: Mapping[int, Tensor], held: Mapping[int, slice]
+    ) -> dict[str, Tensor]:
         """Return the retain loss of each prompt, (n_prompts,), by its name; none where none acts.
 
         Args:
             name: of the loss.
             layer: whose states.
-            kept: the states in training that are to stay, by prompt: (n_tokens, hidden_size).
+            now: the states in training, by prompt: (n_tokens, hidden_size).
+            held: for each prompt, which of its tokens are to stay.
         """
-        if not kept:
+        if not held:
             return {}
+        # Distributions are of the last layer alone.
+        if self._settings.retain == "distribution" and layer != self._layers[-1]:
+            return {}
+        pairs = [(now[i][part], self._reference(i, layer)[part]) for i, part in held.items()]
         if self._settings.retain == "states":
-            before = [self._reference(i, layer)[: len(own)].mean(0) for i, own in kept.items()]
-            means = torch.stack([states.mean(0) for states in kept.values()])
-            return {name: self._retain(means, torch.stack(before))}
-        if self._settings.retain == "tokens":
-            of_tokens = [
-                self._retain(own, self._reference(i, layer)[: len(own)]).mean()
-                for i, own in kept.items()
+            means = [
+                torch.stack([one.mean(0) for one in each]) for each in zip(*pairs, strict=True)
             ]
-            return {name: torch.stack(of_tokens)}
-        if layer == self._layers[-1]:  # distributions are of the last layer alone
-            divergences = [self._divergence(states, prompt) for prompt, states in kept.items()]
-            return {name: torch.stack(divergences)}
-        return {}
+            return {name: self._retain(*means)}
+        if self._settings.retain == "tokens":
+            return {name: torch.stack([self._retain(*pair).mean() for pair in pairs])}
+        return {name: torch.stack([self._divergence(*pair) for pair in pairs])}
 
     def _nats(self, now: Mapping[int, Tensor], prompts: Sequence[int]) -> Tensor:
         """Return the cross-entropy of some prompts' answers in nats a token, (n_prompts,).
@@ -278,24 +302,22 @@ class LensObjective:
         values = [checkpoint_activations(nats, *piece, use_reentrant=False) for piece in pieces]
         return _mean_of_each(torch.cat(values), [*map(len, answers)])
 
-    def _divergence(self, now: Tensor, prompt: int) -> Tensor:
-        """Return how far the next tokens after each of a prompt's own are from the model's.
+    def _divergence(self, now: Tensor, before: Tensor) -> Tensor:
+        """Return how far the next tokens after some states are from the untouched model's.
 
-        The shared prefix is left out: it is the same in every row. Logits are made again for the
-        gradient rather than kept: a vocabulary is a hundred times as wide as the states.
+        Logits are made again for the gradient rather than kept: a vocabulary is a hundred times as
+        wide as the states.
 
         Args:
-            now: (n_tokens, hidden_size), its states in training, as `_final` left them.
-            prompt: which one.
+            now: (n_tokens, hidden_size), in training, as `_final` left them.
+            before: the same shape, of the untouched model.
         """
-        prefix_length = self._parallel.states.prefix_length
-        states = (now, self._reference(prompt, self._layers[-1])[: len(now)])
-        own = [self._normed(each[prefix_length:]) for each in states]
 
         def divergence(states: Tensor, reference: Tensor) -> Tensor:
             return self._retain_distribution(self._logits(states), self._logits(reference))
 
-        value: Tensor = checkpoint_activations(divergence, *own, use_reentrant=False)
+        normed = [self._normed(states) for states in (now, before)]
+        value: Tensor = checkpoint_activations(divergence, *normed, use_reentrant=False)
         return value
 
     def _normed(self, states: Tensor) -> Tensor:
@@ -310,14 +332,16 @@ class LensObjective:
         structure = self._crown.structure_[0]
         return structure.logits(states[None].to(structure.dtype))[0]
 
-    def _states(self, rows: Sequence[Mapping[str, int]]) -> dict[int, dict[int, Tensor]]:
+    def _states(
+        self, rows: Sequence[Mapping[str, int]], beside: Sequence[int]
+    ) -> dict[int, dict[int, Tensor]]:
         """Run the crown on what losses read; return its states by layer, (n_tokens, hidden_size).
 
         Where the losses read the last tokens alone, those are the only ones returned.
         """
         settings, central = self._settings, self._parallel.central
         whole: list[int] = []
-        last: list[int] = []
+        last = [*beside] if settings.retain_weight > 0 else []
         for row in rows:
             for language, index in row.items():
                 if settings.retain_weight > 0 and (language == central or self._retains_targets):
@@ -330,7 +354,7 @@ class LensObjective:
         with self._crown.noting(below) as noted:
             prefix = self._crown.run_prefix(self._calls, states)
             of_prefix = {} if prefix is None else {k: one[0] for k, one in noted.items()}
-            for prompts, n_last in ((whole, None), (last, self._n_read)):
+            for prompts, n_last in ((whole, None), (last, self._n_answer)):
                 for chosen, output, lengths in self._crown.run_kept(
                     self._calls,
                     states,

@@ -177,10 +177,10 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
             "training": {
                 "name": training_corpus.name,
                 "fingerprint": training_corpus.fingerprint,
-                "rows": len(training.sources),
+                "rows": len(training.rows),
                 "missing": training_corpus.n_missing,
                 "truncated": training.n_truncated,
-                "retained_choices": len(training.rows) - len(training.sources),
+                "retained_choices": len(training.retained),
                 **({"answers": training_corpus.n_answers} if training.n_answer else {}),
             },
             "heldout": {

@@ -226,15 +226,15 @@ class ParallelPrompts:
 
     Attributes:
         ids: token ids of every prompt, row by row; with `n_answer`, of its answer too, but for the
-            last token, which predicts nothing of it.
-        rows: for each usable row, language → index into `ids`; at the end those of prompts that are
-            there to be retained alone, which have the central language and no other.
+            last token, which predicts nothing of it. At the end, prompts of no row.
+        rows: for each usable row, language → index into `ids`.
         sources: for each usable row of the corpus, its index there.
         n_truncated: prompts that lost their end.
         n_answer: for each prompt, the tokens of its answer: so many of the last states predict
             them, from the prompt's last one on. None where no answers follow.
         answers: for each prompt, token ids of its own answer; empty where it has none, though
             another text may stand in its place. None where no answers follow.
+        retained: indices into `ids` of prompts of no row, of which what follows is to be retained.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -243,33 +243,32 @@ class ParallelPrompts:
     n_truncated: int
     n_answer: tuple[int, ...] | None = None
     answers: tuple[tuple[int, ...], ...] | None = None
+    retained: tuple[int, ...] = ()
 
     @property
     def n_tokens(self) -> int:
         """All tokens."""
         return sum(map(len, self.ids))
 
-    def with_retained(self, central: str, retained: Sequence[tuple[int, ...]]) -> ParallelPrompts:
-        """Return the rows and, after them, one for each prompt that is to be retained."""
+    def with_retained(self, retained: Sequence[tuple[int, ...]]) -> ParallelPrompts:
+        """Return the rows, and prompts that are to be retained beside them."""
         n_own, n_retained = len(self.ids), len(retained)
         return dataclasses.replace(
             self,
             ids=(*self.ids, *retained),
-            rows=(*self.rows, *({central: n_own + place} for place in range(n_retained))),
             n_answer=self.n_answer and (*self.n_answer, *[1] * n_retained),
             answers=self.answers and (*self.answers, *[()] * n_retained),
+            retained=tuple(range(n_own, n_own + n_retained)),
         )
 
-    def rows_of(self, settings: TrainSettings) -> tuple[Mapping[str, int], ...]:
-        """Return the rows that some settings read: all, and as many retained alone as they say."""
-        n_rows = len(self.sources)
-        return self.rows[: n_rows + settings.n_choices(n_rows)]
+    def retained_by(self, settings: TrainSettings) -> tuple[int, ...]:
+        """Return as many of `retained` as some settings ask for."""
+        return self.retained[: settings.n_choices(len(self.rows))]
 
     def first(self, share: float) -> ParallelPrompts:
-        """Return the first rows of the corpus, at least one, and all that are retained alone."""
-        n_rows = max(1, int(share * len(self.sources)))
-        rows = (*self.rows[:n_rows], *self.rows[len(self.sources) :])
-        return dataclasses.replace(self, rows=rows, sources=self.sources[:n_rows])
+        """Return the first rows, at least one."""
+        n_rows = max(1, int(share * len(self.rows)))
+        return dataclasses.replace(self, rows=self.rows[:n_rows], sources=self.sources[:n_rows])
 
     def without_answers(self) -> ParallelPrompts:
         """Return the prompts alone."""

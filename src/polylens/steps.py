@@ -268,12 +268,10 @@ def encode_shared(
     )
     for one in settings:
         _require_answers(one, prompts, corpus.name)
-    central, n_rows = languages[0], len(prompts.sources)
-    n_choices = max(one.n_choices(n_rows) for one in settings)
+    n_choices = max(one.n_choices(len(prompts.rows)) for one in settings)
     # The right answer is A of one, B of the next.
-    choices = [pair[n % 2] for n, pair in enumerate(training_choices(central, corpus))]
+    choices = [pair[n % 2] for n, pair in enumerate(training_choices(languages[0], corpus))]
     return prompts.with_retained(
-        central,
         [
             ids
             for text in choices[:n_choices]
@@ -350,7 +348,7 @@ def train_prompts(
         result = train_crown(
             structure,
             subspaces,
-            dataclasses.replace(kept[answered], rows=own.rows_of(one)),
+            dataclasses.replace(kept[answered], retained=own.retained_by(one)),
             one,
             seed=seed,
             token_budget=token_budget,
@@ -364,7 +362,7 @@ def train_prompts(
             "central": subspaces.central,
             "languages": languages,
             "layers": own_layers,
-            "n_rows": len(prompts.sources),
+            "n_rows": len(prompts.rows),
             "seed": seed,
             "settings": one.model_dump(mode="json"),
             "log": result.log,

@@ -35,8 +35,8 @@ class TrainingResult:
     Attributes:
         changes: parameter name → change, float32.
         log: one entry an optimizer step: step, learning_rate, loss, gradient_norm, and each loss's
-            unweighted value as "retain", "retain.<language>", "align.<language>",
-            "separate.<language>", "answer.<language>" (nats a token).
+            unweighted value as "retain", "retain.choices", "retain.<language>",
+            "align.<language>", "separate.<language>", "answer.<language>" (nats a token).
     """
 
     changes: dict[str, Tensor]
@@ -145,6 +145,7 @@ def train_crown(
             settings,
             identity=[
                 [dict(row) for row in parallel.rows],
+                parallel.retained,
                 parallel.states.lengths.tolist(),
                 parallel.n_answer,
                 parallel.answers,

@@ -146,7 +146,7 @@ def test_best_yaml_is_the_run_that_was_measured(finished: SearchResult, tmp_path
     assert config.output.strength == finished.best.development.strength
     plan = make_plan(config, RUNTIME)
     assert plan.heldout.corpus.rows == read_parallel(finished.folder.rows / "report.jsonl").rows
-    assert len(plan.training.sources) == SETTINGS["train.rows"]
+    assert len(plan.training.rows) == SETTINGS["train.rows"]
     result = enhance(config, tmp_path / "run", runtime=RUNTIME)
     delta = CrownDelta.load(result.folder.delta)
     before = {one.task.name: one for one in finished.best.report.measures}

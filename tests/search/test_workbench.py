@@ -138,7 +138,7 @@ def test_the_untouched_model_answers_once_for_all_trials(
     asked: list[int] = []
 
     def counted(model: LanguageModel, prompts: ParallelPrompts, *args: Any, **how: Any) -> Any:
-        asked.append(len(prompts.sources))
+        asked.append(len(prompts.rows))
         return measure_shortfall(model, prompts, *args, **how)
 
     monkeypatch.setattr(workbench, "measure_shortfall", counted)
@@ -336,11 +336,8 @@ def test_a_preview_trains_on_the_first_rows_and_pushes_as_the_whole_would(
         bench.model, plan.probing, central="en", settings=own.probe,
         template=plan.prompt_format.name, token_budget=512, collect=fresh_hidden_states,
     )  # fmt: skip
-    rows = plan.training.rows
-    assert [len(row) for row in rows] == [2] * 4 + [1] * 4
-    half = dataclasses.replace(
-        plan.training, rows=(*rows[:2], *rows[4:6]), sources=plan.training.sources[:2]
-    )
+    assert len(plan.training.retained) == len(plan.training.rows) == 4
+    half = dataclasses.replace(plan.training, rows=plan.training.rows[:2])
     (expected,) = train_prompts(
         bench.model, subspaces, half, settings=[own.train], seed=own.seed, token_budget=512,
         collect=fresh_hidden_states,

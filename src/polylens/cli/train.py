@@ -96,13 +96,9 @@ def train(
     if as_json:
         print_json({"out": str(out_file), "log": log})
         return
-    # Steps differ in what they hold; epochs do not.
-    losses = [entry["loss"] for entry in log]
-    n_steps = len(log) // chosen.epochs
-    first, last = (sum(part) / n_steps for part in (losses[:n_steps], losses[-n_steps:]))
+    first, last = log[0]["loss"], log[-1]["loss"]
     out.print(
-        f"{len(log)} steps on {delta.metadata['n_rows']} rows; mean loss of the first epoch "
-        f"{first:.4f}, of the last {last:.4f}",
+        f"{len(log)} steps on {delta.metadata['n_rows']} rows; loss {first:.4f} → {last:.4f}",
         highlight=False,
     )
     out.print(f"\n  delta {out_file}", highlight=False, soft_wrap=True)

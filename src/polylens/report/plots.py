@@ -44,6 +44,7 @@ def loss_curves(log: Sequence[Mapping[str, float]]) -> go.Figure:
         "answer": "answer: nats a token",
         "retain": "retain: drift of the centre",
     }
+    names = {"": "central language", "choices": "questions with two answers"}
     groups = [group for group in titles if any(_of(entry, group) for entry in log)]
     figure = make_subplots(rows=1, cols=len(groups), subplot_titles=[titles[g] for g in groups])
     languages = [
@@ -57,7 +58,7 @@ def loss_curves(log: Sequence[Mapping[str, float]]) -> go.Figure:
     for column, group in enumerate(groups, start=1):
         for name in dict.fromkeys(name for entry in log for name in _of(entry, group)):
             language = name.partition(".")[2]
-            label = language_name(language) if language else "central language"
+            label = names.get(language) or language_name(language)
             points = [(entry["step"], entry[name]) for entry in log if name in entry]
             figure.add_scatter(
                 x=[x for x, _ in points],

@@ -163,8 +163,7 @@ class Workbench:
         if not settings.pushes_by_shortfall:
             return settings
         asked = prompts.without_answers()
-        own = asked.rows[: len(asked.sources)]
-        key = tuple(asked.ids[index] for row in own for index in row.values())
+        key = tuple(asked.ids[index] for row in asked.rows for index in row.values())
         if key not in self._strengths:
             shortfall = measure_shortfall(
                 self.model, asked, config.central, config.languages, progress=self._progress
