@@ -23,7 +23,9 @@ from polylens.models.loading import load_model
 from polylens.steps import probe, train
 
 LANGUAGES = ("en", "sw", "zh")
-SETTINGS = TrainSettings(batch_size=3, epochs=2, max_tokens=512, answer_weight=1.0)
+SETTINGS = TrainSettings(
+    batch_size=3, epochs=2, max_tokens=512, answer_weight=1.0, retain_choices=0.5
+)
 PROMPTS = [[5, 9, 30, 12, 7, 80], [5, 9, 30, 12, 8], [5, 9, 30, 12, 20, 19, 33]]
 
 

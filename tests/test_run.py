@@ -96,6 +96,11 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     card = (finished / "model/README.md").read_text()
     assert summary["repetition_penalty"] == 1
     assert "the target languages' prompts are held up to their last token" in card
+    plan = json.loads((finished / "plan.json").read_text())
+    training = plan["corpora"]["training"]
+    n_choices = training["retained_choices"]
+    assert n_choices == training["rows"] // 2 > 0
+    assert f"the letter that answers each of {n_choices} questions" in card
 
 
 def test_answers_are_written_under_the_penalty(

@@ -132,8 +132,8 @@ class TrainSettings(CrownSettings):
     retain_choices: Annotated[float, Field(ge=0)] = Field(
         0.0,
         description="Questions with two answers, of the starter corpus and in the central "
-        "language, that are retained beside the corpus's own prompts, for each of its rows; at "
-        "most 96 in all. They count as rows of a step, and are never cut.",
+        "language, of which the last token, where the letter is chosen, is retained: so many "
+        "beside each row; at most 96 in all. They are never cut.",
     )
     answer_weight: Weight = Field(
         0.0,

@@ -74,7 +74,10 @@ def model_card(
         if config.train.retain_targets:
             done.append("the target languages' prompts are held up to their last token")
         if n_choices := training.get("retained_choices"):
-            done.append(f"{n_choices} of PolyLens's own questions in {central} are held, too")
+            done.append(
+                f"so is the letter that answers each of {n_choices} questions of PolyLens's own in "
+                f"{central}"
+            )
     answered = any(training.get("answers", {}).get(k) for k in config.languages)
     if answered and config.train.answer_weight:
         done.append("answers in the target languages are learned")
