@@ -100,7 +100,8 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     training = plan["corpora"]["training"]
     n_choices = training["retained_choices"]
     assert n_choices == training["rows"] // 2 > 0
-    assert f"the letter that answers each of {n_choices} questions" in card
+    assert f"so is, for {n_choices} of PolyLens's own questions in English with two answers" in card
+    assert "no answers are learned" in card
 
 
 def test_answers_are_written_under_the_penalty(

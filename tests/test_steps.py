@@ -60,7 +60,7 @@ def test_questions_to_be_retained_come_beside_the_rows_and_whole(
     n_plain = len(plain.ids)
     assert found.ids[:n_plain] == plain.ids
     assert (found.rows, found.sources) == (plain.rows, plain.sources)
-    assert found.retained == tuple(range(n_plain, n_plain + 3))
+    assert found.choices == tuple(range(n_plain, n_plain + 3))
     for name in ("n_answer", "answers"):
         of_prompts = getattr(found, name)
         assert of_prompts is None or len(of_prompts) == len(found.ids)
@@ -72,9 +72,9 @@ def test_questions_to_be_retained_come_beside_the_rows_and_whole(
         assert asked in text
     for ratio, n_choices in ((0.0, 0), (0.5, 2), (0.75, 3)):
         settings = TrainSettings(retain_choices=ratio)
-        assert found.retained_by(settings) == found.retained[:n_choices]
-        assert found.first(0.5).retained_by(settings) == found.retained[: n_choices // 2]
-    assert found.retained_by(TrainSettings(retain_choices=0.5, retain_weight=0)) == ()
+        assert found.choices_of(settings) == found.choices[:n_choices]
+        assert found.first(0.5).choices_of(settings) == found.choices[: round(2 * ratio)]
+    assert found.choices_of(TrainSettings(retain_choices=0.5, retain_weight=0)) == ()
 
 
 def test_questions_of_rows_that_may_be_held_out_are_not_retained() -> None:
@@ -94,6 +94,11 @@ def test_questions_of_rows_that_may_be_held_out_are_not_retained() -> None:
         assert {a, b} <= answers
     other = ParallelCorpus.make("other", [{"en": "one two", "sw": "moja mbili"}])
     assert len(training_choices("en", other)) == 96
+    # Nor are those that are measured on without having been anyone's training rows.
+    left = {text.partition("\n\nWhich")[0] for text, _ in training_choices("en", other, some)}
+    assert left == {row["en"] for row in training.rows} - questions
+    half = ParallelCorpus("half", some.rows[:5])
+    assert len(training_choices("en", some, half)) == 5
     assert training_choices("hi", other) == []
     assert training_choices("en", training.limit(1)) == []
 
@@ -106,7 +111,7 @@ def test_questions_that_the_model_cannot_hold_are_not_retained(
     def lengths() -> list[int]:
         settings = [TrainSettings(retain_choices=1.0)]
         found = encode_shared(llama.tokenizer, style, corpus, ("en", "sw"), settings)
-        return sorted(len(found.ids[prompt]) for prompt in found.retained)
+        return sorted(len(found.ids[prompt]) for prompt in found.choices)
 
     whole = lengths()
     monkeypatch.setattr(llama.tokenizer, "model_max_length", whole[40])

@@ -81,10 +81,10 @@ def with_answers(parallel: ParallelStates) -> ParallelStates:
     return dataclasses.replace(parallel, answers=answers)
 
 
-def with_retained(parallel: ParallelStates) -> ParallelStates:
+def with_choices(parallel: ParallelStates) -> ParallelStates:
     """Retain the last row's prompts beside the other rows."""
     *rows, last = parallel.rows
-    return dataclasses.replace(parallel, rows=tuple(rows), retained=tuple(last.values()))
+    return dataclasses.replace(parallel, rows=tuple(rows), choices=tuple(last.values()))
 
 
 def train(model: LanguageModel, **settings: Any) -> TrainingResult:
@@ -105,7 +105,7 @@ def test_sharing_a_prefix_and_cutting_a_step_into_groups_change_nothing(
 
     def result() -> TrainingResult:
         subspaces, parallel = setting(tiny_model, prefix=prefix, answered=position == "answer")
-        parallel = with_retained(parallel)
+        parallel = with_choices(parallel)
         assert parallel.states.prefix_length in (0, len(prefix))
         return train_crown(tiny_model.structure, subspaces, parallel, settings, token_budget=24)
 
@@ -391,6 +391,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
     llama: LanguageModel, tmp_path: Path, stop_after: int, position: str
 ) -> None:
     subspaces, parallel = setting(llama, answered=position == "answer")
+    parallel = with_choices(parallel)
     settings = TrainSettings(**SETTINGS, position=position)
     whole = train_crown(llama.structure, subspaces, parallel, settings, token_budget=24)
     checkpoint = tmp_path / "checkpoint.safetensors"
@@ -440,6 +441,9 @@ def test_a_checkpoint_of_another_training_is_refused(llama: LanguageModel, tmp_p
     before = path.read_bytes()
     with pytest.raises(ConfigError, match="delete it or give another path"):
         start(learning_rate=0.5)
+    parallel = dataclasses.replace(parallel, choices=(0,))
+    with pytest.raises(ConfigError, match="delete it or give another path"):
+        start()
     assert path.read_bytes() == before
 
 
@@ -503,7 +507,7 @@ def test_what_is_retained_of_each_prompt(
     """After one step on all rows, against transformers' own states and logits before and after."""
     prefix = [7, 8, 9, 10, 11, 12] if with_prefix else []
     subspaces, parallel = setting(tiny_model, prefix=prefix)
-    parallel = with_retained(parallel)
+    parallel = with_choices(parallel)
     (ids, _), rows = prompts(), parallel.rows
 
     def trained(epochs: int) -> TrainingResult:
@@ -521,7 +525,7 @@ def test_what_is_retained_of_each_prompt(
         "retain": ([row["en"] for row in rows], slice(n_shared, None)),
         "retain.sw": ([row["sw"] for row in rows], slice(n_shared, -1)),
         "retain.zh": ([row["zh"] for row in rows if "zh" in row], slice(n_shared, -1)),
-        "retain.choices": (parallel.retained, slice(-1, None)),
+        "retain.choices": (parallel.choices, slice(-1, None)),
     }
 
     @torch.no_grad()
@@ -552,14 +556,14 @@ def test_what_is_retained_of_each_prompt(
         assert logged[1][name] == pytest.approx(expected, rel=2e-3, abs=5e-7)  # of float32
 
 
-def test_an_epoch_has_each_prompt_that_is_retained_beside_the_rows_once(
+def test_an_epoch_has_each_prompt_that_is_choices_beside_the_rows_once(
     llama: LanguageModel,
 ) -> None:
     _, parallel = setting(llama)
-    for n_retained in (0, 1, 4, 6, 13):
-        one = dataclasses.replace(parallel, retained=tuple(range(n_retained)))
-        shares = [one.retained_beside(row) for row in range(N_ROWS)]
-        assert [prompt for share in shares for prompt in share] == [*range(n_retained)]
+    for n_choices in (0, 1, 4, 6, 13):
+        one = dataclasses.replace(parallel, choices=tuple(range(n_choices)))
+        shares = [one.choices_beside(row) for row in range(N_ROWS)]
+        assert [prompt for share in shares for prompt in share] == [*range(n_choices)]
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -591,6 +595,43 @@ def test_retaining_distributions_holds_them(llama: LanguageModel) -> None:
         for weight in (50.0, 1e-9)
     )
     assert held < 0.5 * free
+
+
+@pytest.mark.parametrize("retain", ["states", "tokens", "distribution"])
+def test_retaining_questions_holds_them(llama: LanguageModel, retain: str) -> None:
+    subspaces, parallel = setting(llama)
+
+    def drift(weight: float) -> float:
+        settings = TrainSettings(
+            **{**SETTINGS, "epochs": 8}, retain=retain, retain_weight=weight, align_weight=0.0
+        )
+        log = train_crown(
+            llama.structure, subspaces, with_choices(parallel), settings, token_budget=24
+        ).log
+        return log[-1]["retain.choices"]
+
+    assert drift(50.0) < 0.5 * drift(1e-9)
+
+
+def test_a_step_loses_what_its_parts_lose(llama: LanguageModel) -> None:
+    """Of questions those that are beside the step's rows, each as much as a row's other prompts."""
+    subspaces, parallel = setting(llama)
+    parallel = with_choices(parallel)
+    settings = TrainSettings(
+        **{**SETTINGS, "batch_size": N_ROWS, "epochs": 3}, retain="tokens", retain_weight=4.0
+    )
+    log = train_crown(llama.structure, subspaces, parallel, settings, token_budget=24).log
+    n_rows, n_chinese = len(parallel.rows), sum("zh" in row for row in parallel.rows)
+    counts = {"retain.choices": len(parallel.choices), "align.zh": n_chinese}
+    counts["separate.zh"] = n_chinese
+    for entry in log:
+        parts = {k: v for k, v in entry.items() if k == "retain" or "." in k}
+        assert len(parts) == 6
+        expected = sum(
+            value * (4.0 if name.startswith("retain") else 1.0) * counts.get(name, n_rows) / n_rows
+            for name, value in parts.items()
+        )
+        assert entry["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_low_rank_update_has_that_rank_and_learns(llama: LanguageModel) -> None:

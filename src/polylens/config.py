@@ -133,7 +133,8 @@ class TrainSettings(CrownSettings):
         0.0,
         description="Questions with two answers, of the starter corpus and in the central "
         "language, of which the last token, where the letter is chosen, is retained: so many "
-        "beside each row; at most 96 in all. They are never cut.",
+        "beside each row, until there are no more (there are 96, or as many as the corpus shares "
+        "with the starter corpus). They are never cut.",
     )
     answer_weight: Weight = Field(
         0.0,
@@ -168,7 +169,7 @@ class TrainSettings(CrownSettings):
 
     def n_choices(self, n_rows: int) -> int:
         """Return how many questions with two answers are retained: none where nothing is."""
-        return int(self.retain_choices * n_rows) if self.retain_weight > 0 else 0
+        return round(self.retain_choices * n_rows) if self.retain_weight > 0 else 0
 
     @property
     def reads_logits(self) -> bool:

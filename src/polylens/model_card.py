@@ -75,14 +75,14 @@ def model_card(
             done.append("the target languages' prompts are held up to their last token")
         if n_choices := training.get("retained_choices"):
             done.append(
-                f"so is the letter that answers each of {n_choices} questions of PolyLens's own in "
-                f"{central}"
+                f"so is, for {n_choices} of PolyLens's own questions in {central} with two "
+                "answers, the state from which the letter is chosen"
             )
     answered = any(training.get("answers", {}).get(k) for k in config.languages)
     if answered and config.train.answer_weight:
         done.append("answers in the target languages are learned")
     elif not answered:
-        done.append("no answers are used in training, only parallel prompts")
+        done.append("no answers are learned, only parallel prompts are read")
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
 ---

@@ -35,12 +35,12 @@ class ParallelStates:
     Attributes:
         states: boundary and final states of all prompts, in any order.
         rows: for each parallel row, language → index of its prompt in `states`. A row has the
-            central language.
+            central language and at least one target; other languages may be missing.
         central: the central language.
         n_answer: as `ParallelPrompts` has it.
         answers: as `ParallelPrompts` has them.
-        retained: indices into `states` of the prompts of no row, of which what follows is retained:
-            the last token's state. The rows share them out, so that an epoch has each once.
+        choices: indices into `states` of prompts of no row, of which the last token is retained.
+            The rows share them out, so that an epoch has each once.
     """
 
     states: HiddenStates
@@ -48,17 +48,17 @@ class ParallelStates:
     central: str
     n_answer: tuple[int, ...] | None = None
     answers: tuple[tuple[int, ...], ...] | None = None
-    retained: tuple[int, ...] = ()
+    choices: tuple[int, ...] = ()
 
     @property
     def targets(self) -> tuple[str, ...]:
         """The target languages, in the order of their first appearance."""
         return tuple(dict.fromkeys(k for row in self.rows for k in row if k != self.central))
 
-    def retained_beside(self, row: int) -> tuple[int, ...]:
+    def choices_beside(self, row: int) -> tuple[int, ...]:
         """Return the prompts of no row that are retained beside one."""
-        n_rows, n_retained = len(self.rows), len(self.retained)
-        return self.retained[row * n_retained // n_rows : (row + 1) * n_retained // n_rows]
+        n_rows, n_choices = len(self.rows), len(self.choices)
+        return self.choices[row * n_choices // n_rows : (row + 1) * n_choices // n_rows]
 
 
 class LensObjective:
@@ -85,7 +85,7 @@ class LensObjective:
         self._n_tokens = [
             sum(
                 offsets[index + 1] - offsets[index]
-                for index in (*row.values(), *parallel.retained_beside(number))
+                for index in (*row.values(), *parallel.choices_beside(number))
             )
             for number, row in enumerate(parallel.rows)
         ]
@@ -135,8 +135,10 @@ class LensObjective:
             config = self._crown.structure_[0].causal_lm.config.get_text_config()
             n_nats = math.log(config.vocab_size)
             usual += self._settings.answer_weight * n_targets * n_nats
-        if self._settings.retain_weight > 0 and self._settings.retain == "tokens":
-            n_retained = 1 + n_targets * self._retains_targets
+        if self._settings.retain_weight > 0 and self._settings.retain != "distribution":
+            n_retained = len(self._parallel.choices) / len(self._parallel.rows)
+            if self._settings.retain == "tokens":
+                n_retained += 1 + n_targets * self._retains_targets
             states = self._reference(
                 self._parallel.rows[0][self._parallel.central], self._layers[-1]
             )
@@ -190,7 +192,7 @@ class LensObjective:
     def _losses(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return the losses of each row, by part: (n_rows_with_the_language,) each."""
         of_row = [self._parallel.rows[row] for row in rows]
-        beside = [prompt for row in rows for prompt in self._parallel.retained_beside(row)]
+        beside = [prompt for row in rows for prompt in self._parallel.choices_beside(row)]
         by_part: dict[str, list[Tensor]] = {}
         for layer, now in self._states(of_row, beside).items():
             for name, values in self._losses_at(layer, now, of_row, beside).items():
@@ -215,10 +217,10 @@ class LensObjective:
         settings, central = self._settings, self._parallel.central
         result: dict[str, Tensor] = {}
         if settings.retain_weight > 0:
-            held = {row[central]: self._prompt(row[central]) for row in of_row}
+            held = {row[central]: self._tokens_held(row[central]) for row in of_row}
             result.update(self._retained("retain", layer, now, held))
-            last = dict.fromkeys(beside, slice(-1, None))
-            result.update(self._retained("retain.choices", layer, now, last))
+            held = dict.fromkeys(beside, slice(-1, None))
+            result.update(self._retained("retain.choices", layer, now, held))
         for language in self._parallel.targets:
             present = [row for row in of_row if language in row]
             if not present:
@@ -227,7 +229,9 @@ class LensObjective:
             if self._retains_targets:
                 # The last token is to move; a prompt of one token has no other.
                 held = {
-                    i: self._prompt(i, 1) for i in indices if self._n_prompt[i] - 1 > self._n_shared
+                    i: self._tokens_held(i, 1)
+                    for i in indices
+                    if self._n_prompt[i] - 1 > self._n_shared
                 }
                 result.update(self._retained(f"retain.{language}", layer, now, held))
             targets = [self._read(now[index], index) for index in indices if self._compares]
@@ -247,8 +251,8 @@ class LensObjective:
                     result[f"answer.{language}"] = self._nats(now, answered)
         return result
 
-    def _prompt(self, prompt: int, n_less: int = 0) -> slice:
-        """Return which of a prompt's tokens are retained: its answer's are not.
+    def _tokens_held(self, prompt: int, n_less: int = 0) -> slice:
+        """Return which of a prompt's tokens are retained: its answer's are not, nor the last few.
 
         Distributions after the shared prefix are left out: they are the same in every row.
         """

@@ -134,7 +134,9 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
     probing = encode_texts(
         probing_corpus, languages, prompt_format, tokenizer, config.probe.max_tokens
     )
-    training = encode_shared(tokenizer, prompt_format, training_corpus, languages, [config.train])
+    training = encode_shared(
+        tokenizer, prompt_format, training_corpus, languages, [config.train], apart=heldout_corpus
+    )
     heldout = Heldout(
         heldout_corpus,
         encode_parallel(
@@ -180,7 +182,7 @@ def make_plan(config: RunConfig, runtime: Runtime, progress: Progress = silent) 
                 "rows": len(training.rows),
                 "missing": training_corpus.n_missing,
                 "truncated": training.n_truncated,
-                "retained_choices": len(training.retained),
+                "retained_choices": len(training.choices),
                 **({"answers": training_corpus.n_answers} if training.n_answer else {}),
             },
             "heldout": {

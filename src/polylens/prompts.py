@@ -234,7 +234,8 @@ class ParallelPrompts:
             them, from the prompt's last one on. None where no answers follow.
         answers: for each prompt, token ids of its own answer; empty where it has none, though
             another text may stand in its place. None where no answers follow.
-        retained: indices into `ids` of prompts of no row, of which what follows is to be retained.
+        choices: indices into `ids` of prompts of no row, questions of which the last token is to be
+            retained.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -243,27 +244,27 @@ class ParallelPrompts:
     n_truncated: int
     n_answer: tuple[int, ...] | None = None
     answers: tuple[tuple[int, ...], ...] | None = None
-    retained: tuple[int, ...] = ()
+    choices: tuple[int, ...] = ()
 
     @property
     def n_tokens(self) -> int:
         """All tokens."""
         return sum(map(len, self.ids))
 
-    def with_retained(self, retained: Sequence[tuple[int, ...]]) -> ParallelPrompts:
-        """Return the rows, and prompts that are to be retained beside them."""
-        n_own, n_retained = len(self.ids), len(retained)
+    def with_choices(self, ids: Sequence[tuple[int, ...]]) -> ParallelPrompts:
+        """Return the rows, and questions that are to be retained beside them."""
+        n_own, n_choices = len(self.ids), len(ids)
         return dataclasses.replace(
             self,
-            ids=(*self.ids, *retained),
-            n_answer=self.n_answer and (*self.n_answer, *[1] * n_retained),
-            answers=self.answers and (*self.answers, *[()] * n_retained),
-            retained=tuple(range(n_own, n_own + n_retained)),
+            ids=(*self.ids, *ids),
+            n_answer=self.n_answer and (*self.n_answer, *[1] * n_choices),
+            answers=self.answers and (*self.answers, *[()] * n_choices),
+            choices=tuple(range(n_own, n_own + n_choices)),
         )
 
-    def retained_by(self, settings: TrainSettings) -> tuple[int, ...]:
-        """Return as many of `retained` as some settings ask for."""
-        return self.retained[: settings.n_choices(len(self.rows))]
+    def choices_of(self, settings: TrainSettings) -> tuple[int, ...]:
+        """Return as many of the questions, the first ones, as some settings ask for."""
+        return self.choices[: settings.n_choices(len(self.rows))]
 
     def first(self, share: float) -> ParallelPrompts:
         """Return the first rows, at least one."""

@@ -8,6 +8,7 @@ together, with prompts it has made already.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -240,10 +241,19 @@ def encode_shared(
     corpus: ParallelCorpus,
     languages: Sequence[str],
     settings: Sequence[TrainSettings],
+    apart: ParallelCorpus | None = None,
 ) -> ParallelPrompts:
     """Tokenise parallel rows for all of some settings; answers follow where one reads them.
 
     The questions with two answers that any of the settings retains come after them.
+
+    Args:
+        tokenizer: of the model.
+        prompt_format: what stands around each text.
+        corpus: the rows that train.
+        languages: the central one first.
+        settings: how many questions are retained, and whether answers are read.
+        apart: rows that are measured on, whose questions are not to be retained.
 
     Raises:
         ConfigError: the settings differ in `max_tokens` or `max_answer_tokens`.
@@ -270,14 +280,9 @@ def encode_shared(
         _require_answers(one, prompts, corpus.name)
     n_choices = max(one.n_choices(len(prompts.rows)) for one in settings)
     # The right answer is A of one, B of the next.
-    choices = [pair[n % 2] for n, pair in enumerate(training_choices(languages[0], corpus))]
-    return prompts.with_retained(
-        [
-            ids
-            for text in choices[:n_choices]
-            for ids in prompt_format.encode_whole(tokenizer, [text])
-        ],
-    )
+    choices = [pair[n % 2] for n, pair in enumerate(training_choices(languages[0], corpus, apart))]
+    fitting = (ids for text in choices for ids in prompt_format.encode_whole(tokenizer, [text]))
+    return prompts.with_choices([*itertools.islice(fitting, n_choices)])
 
 
 def _require_answers(settings: TrainSettings, prompts: ParallelPrompts, name: str) -> None:
@@ -348,7 +353,7 @@ def train_prompts(
         result = train_crown(
             structure,
             subspaces,
-            dataclasses.replace(kept[answered], retained=own.retained_by(one)),
+            dataclasses.replace(kept[answered], choices=own.choices_of(one)),
             one,
             seed=seed,
             token_budget=token_budget,

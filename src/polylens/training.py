@@ -145,7 +145,7 @@ def train_crown(
             settings,
             identity=[
                 [dict(row) for row in parallel.rows],
-                parallel.retained,
+                parallel.choices,
                 parallel.states.lengths.tolist(),
                 parallel.n_answer,
                 parallel.answers,

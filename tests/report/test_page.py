@@ -18,7 +18,12 @@ from polylens.evaluation.results import BeforeAfter, BitsPerByte
 from polylens.evaluation.statistics import NonInferiority
 from polylens.report import ReportData, render_probe_page, render_report
 from polylens.report.page import caution, decision, summary
-from polylens.report.plots import language_colours, strength_figure, subspace_map
+from polylens.report.plots import (
+    language_colours,
+    loss_curves,
+    strength_figure,
+    subspace_map,
+)
 from polylens.report.projection import agnostic_plane, specific_plane
 from polylens.subspaces import probe_subspaces
 
@@ -193,6 +198,11 @@ def test_a_language_has_one_colour_throughout(data: ReportData) -> None:
     colours = language_colours(data.subspaces.languages, "en")
     for language, name in (("sw", "Swahili"), ("ar", "Arabic")):
         assert {t.marker.color for t in figure.data if t.name == name} == {colours[language]}
+    log = [{"step": 0, "retain": 0.1, "retain.choices": 0.1, "retain.sw": 0.2, "align.ar": 0.3}]
+    losses = {t.name: t.line for t in loss_curves(log).data}
+    assert losses["Swahili"].color == colours["sw"]
+    assert losses["Arabic"].color == colours["ar"]
+    assert losses["questions with two answers"].dash == "dot" != losses["central language"].dash
 
 
 def test_every_strength_is_drawn_from_the_untouched_model_on() -> None:

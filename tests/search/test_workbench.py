@@ -336,7 +336,7 @@ def test_a_preview_trains_on_the_first_rows_and_pushes_as_the_whole_would(
         bench.model, plan.probing, central="en", settings=own.probe,
         template=plan.prompt_format.name, token_budget=512, collect=fresh_hidden_states,
     )  # fmt: skip
-    assert len(plan.training.retained) == len(plan.training.rows) == 4
+    assert len(plan.training.choices) == len(plan.training.rows) == 4
     half = dataclasses.replace(plan.training, rows=plan.training.rows[:2])
     (expected,) = train_prompts(
         bench.model, subspaces, half, settings=[own.train], seed=own.seed, token_budget=512,

@@ -30,7 +30,9 @@ def heldout_choices(language: str) -> list[tuple[str, str]]:
     return _two_answers(language, corpus.split(corpus.n_heldout)[1].rows)
 
 
-def training_choices(language: str, trained: ParallelCorpus) -> list[tuple[str, str]]:
+def training_choices(
+    language: str, trained: ParallelCorpus, apart: ParallelCorpus | None = None
+) -> list[tuple[str, str]]:
     """Return each question of the training rows, with its own answer as A, and as B.
 
     None where the starter corpus lacks the language.
@@ -39,9 +41,13 @@ def training_choices(language: str, trained: ParallelCorpus) -> list[tuple[str, 
         language: of the questions.
         trained: the rows that train. Where they are the starter corpus's, theirs are the only
             questions: the others' may be held out.
+        apart: rows that are measured on; their questions are not among those returned.
     """
     corpus = starter_corpus()
-    rows = corpus.split(corpus.n_heldout)[0].rows
+    measured = {row.get(language) for row in apart.rows} if apart else set()
+    rows = [
+        row for row in corpus.split(corpus.n_heldout)[0].rows if row.get(language) not in measured
+    ]
     seen = {row.get(language) for row in trained.rows}
     own = [row for row in rows if row.get(language) in seen]
     return _two_answers(language, own or rows)

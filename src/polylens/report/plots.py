@@ -47,13 +47,8 @@ def loss_curves(log: Sequence[Mapping[str, float]]) -> go.Figure:
     names = {"": "central language", "choices": "questions with two answers"}
     groups = [group for group in titles if any(_of(entry, group) for entry in log)]
     figure = make_subplots(rows=1, cols=len(groups), subplot_titles=[titles[g] for g in groups])
-    languages = [
-        name.partition(".")[2]
-        for entry in log
-        for name in entry
-        if name.startswith(("separate.", "align.", "answer.", "retain."))
-    ]
-    colours = language_colours(list(dict.fromkeys(languages)), "")
+    languages = dict.fromkeys(name.partition(".")[2] for entry in log for name in entry)
+    colours = language_colours([one for one in languages if one not in names], "")
     shown: set[str] = set()
     for column, group in enumerate(groups, start=1):
         for name in dict.fromkeys(name for entry in log for name in _of(entry, group)):
@@ -67,7 +62,11 @@ def loss_curves(log: Sequence[Mapping[str, float]]) -> go.Figure:
                 legendgroup=label,
                 showlegend=label not in shown,
                 mode="lines",
-                line={"color": colours.get(language, _CENTRAL), "width": 2},
+                line={
+                    "color": colours.get(language, _CENTRAL),
+                    "width": 2,
+                    "dash": "dot" if language == "choices" else "solid",
+                },
                 row=1,
                 col=column,
             )
