@@ -1,6 +1,6 @@
 """Measure PolyLens against a plain reference and against the floor, side by side, in one run.
 
-    python benchmarks/run.py                        all parts but crowns, large and search
+    python benchmarks/run.py                        method, floor and growth
     python benchmarks/run.py method --share 5       one part, on a fifth of the data
     python benchmarks/run.py crowns --data-dir DATA     with XCOPA's files in DATA/xcopa
     python benchmarks/run.py large --model-folder /big/disk/llama-8b
@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import baselines
 import crowns
 import floor
 import growth
@@ -31,7 +32,15 @@ ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 SMALL, BIG = "smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct"
 # The whole data takes the reference half an hour, and the big model an hour, on two cores.
-SHARES = {"method": 5, "floor": 10, "growth": 1, "crowns": 1, "large": 1, "search": 5}
+SHARES = {
+    "method": 5,
+    "floor": 10,
+    "growth": 1,
+    "crowns": 1,
+    "large": 1,
+    "search": 5,
+    "baselines": 4,
+}
 
 
 def main() -> None:
@@ -40,7 +49,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the paper's data")
     parser.add_argument("--data-dir", type=Path, help="folder with benchmarks, for crowns")
     parser.add_argument("--share", type=int, help="take one in so many texts and rows")
-    parser.add_argument("--model", help="another model for method, floor or growth")
+    parser.add_argument("--model", help="another model")
     parser.add_argument("--model-folder", type=Path, default=Path("runs/llama-8b-random"))
     parser.add_argument("--page", action="store_true", help="fill docs/performance.md and stop")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
@@ -72,6 +81,8 @@ def main() -> None:
         crowns.run(given.model or BIG, given.data_dir)
     elif part == "search":
         search_cost.run(given.model or SMALL, data)
+    elif part == "baselines":
+        baselines.run(given.model or SMALL, data.share)
     else:
         large.run(given.model or SMALL, data, given.model_folder)
 
@@ -87,6 +98,7 @@ def fill_page() -> None:
         ("crowns", crowns),
         ("large", large),
         ("search", search_cost),
+        ("baselines", baselines),
     ):
         if part in results:
             result = results[part]
