@@ -79,6 +79,7 @@ MAIN = (
     "sft-quarter",
     "sft-translations",
     "sft-lora",
+    "sft-replay",
     "pretraining",
     "pretraining-replay",
     "few-shot",
