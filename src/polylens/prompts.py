@@ -228,7 +228,7 @@ class ParallelPrompts:
         ids: token ids of every prompt, row by row; with `n_answer`, of its answer too, but for the
             last token, which predicts nothing of it. At the end, prompts of no row.
         rows: for each usable row, language → index into `ids`.
-        sources: for each usable row of the corpus, its index there.
+        sources: for each usable row, its index in the corpus.
         n_truncated: prompts that lost their end.
         n_answer: for each prompt, the tokens of its answer: so many of the last states predict
             them, from the prompt's last one on. None where no answers follow.
