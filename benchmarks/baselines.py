@@ -29,7 +29,6 @@ from polylens.models.loading import LanguageModel
 from polylens.subspaces import Subspaces
 
 CENTRAL = LANGUAGES[0]
-N_HELDOUT = 32  # as in experiments/design.py
 TARGETS: dict[str, Any] = {"languages": LANGUAGES[1:], "central": CENTRAL}
 
 
@@ -94,7 +93,8 @@ def measure(name: str, method: str, share: int) -> dict[str, float]:
 
 
 def _rows(share: int) -> ParallelCorpus:
-    rows, _ = polylens.starter_corpus().select(LANGUAGES).split(N_HELDOUT)
+    corpus = polylens.starter_corpus().select(LANGUAGES)
+    rows, _ = corpus.split(corpus.n_heldout)
     return rows.limit(len(rows.rows) // share, 0)
 
 

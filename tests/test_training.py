@@ -556,9 +556,7 @@ def test_what_is_retained_of_each_prompt(
         assert logged[1][name] == pytest.approx(expected, rel=2e-3, abs=5e-7)  # of float32
 
 
-def test_an_epoch_has_each_prompt_that_is_choices_beside_the_rows_once(
-    llama: LanguageModel,
-) -> None:
+def test_an_epoch_has_each_question_once(llama: LanguageModel) -> None:
     _, parallel = setting(llama)
     for n_choices in (0, 1, 4, 6, 13):
         one = dataclasses.replace(parallel, choices=tuple(range(n_choices)))

@@ -56,7 +56,7 @@ class ParallelStates:
         return tuple(dict.fromkeys(k for row in self.rows for k in row if k != self.central))
 
     def choices_beside(self, row: int) -> tuple[int, ...]:
-        """Return the prompts of no row that are retained beside one."""
+        """Return the prompts of `choices` that are retained beside a row."""
         n_rows, n_choices = len(self.rows), len(self.choices)
         return self.choices[row * n_choices // n_rows : (row + 1) * n_choices // n_rows]
 
@@ -252,7 +252,7 @@ class LensObjective:
         return result
 
     def _tokens_held(self, prompt: int, n_less: int = 0) -> slice:
-        """Return which of a prompt's tokens are retained: its answer's are not, nor the last few.
+        """Return which of a prompt's tokens are retained: not its answer's, nor the last `n_less`.
 
         Distributions after the shared prefix are left out: they are the same in every row.
         """
